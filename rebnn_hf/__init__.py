@@ -1,0 +1,43 @@
+"""1-bit Hugging Face encoders: resilient binarization (ReBNN), packed checkpoints, plain `from_pretrained`.
+
+Importing the package registers its checkpoint format with transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from .integrations import transformers as _registers_the_quantizer  # noqa: F401
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ReBNNConfig": "config",
+    "WeightRule": "functional",
+    "BalanceRule": "functional",
+    "BinaryLinear": "layers",
+    "BinaryEmbedding": "layers",
+    "PackedLinear": "layers",
+    "PackedEmbedding": "layers",
+    "binarize": "patching",
+    "pack": "patching",
+    "unpack": "patching",
+    "summary": "report",
+    "Resilience": "resilience",
+    "attach": "resilience",
+    "ReBNNTrainer": "trainer",
+    "ReBNNTrainingArguments": "trainer",
+    "plot_oscillation": "plotting",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)

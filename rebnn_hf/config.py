@@ -1,0 +1,143 @@
+"""ReBNNConfig: the one object saved with a model (as `quantization_config` in config.json)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .functional import BalanceRule, WeightRule
+
+FORMAT_VERSION = 1
+"""Version of config and bit format that this package writes; it reads this one and all before it."""
+
+
+@register_quantization_config("rebnn")
+@dataclass
+class ReBNNConfig(QuantizationConfigMixin):
+    """What is 1-bit in a model, and by which method.
+
+    Loss weights and learning rates are not here: they belong to `ReBNNTrainingArguments`.
+
+    Args:
+        weight_scale, scale_granularity, scale_gradient, weight_center, center_gradient, weight_ste, ste_slope:
+            the weight rule, see `functional.WeightRule`. Default: ReBNN. Closed-form BWN: `weight_scale="mean_abs"`.
+        balance_rule, balance_value, balance_lower, balance_upper, balance_form, balance_strength: the balance rule,
+            see `functional.BalanceRule`. Default: the paper's.
+        word_embeddings: binarize the word embeddings (one scale per token).
+        pooler: binarize the pooler.
+        head: binarize the linear layers of the task head.
+        untie_embeddings: allow binarizing word embeddings that a masked-LM decoder shares: the decoder then gets a
+            float copy of its own. Without it such a model is refused.
+        modules_to_not_convert: names, name endings or regular expressions of modules to leave float.
+        state: `latent` (trainable) or `packed` (bits); set by `binarize` and `pack`.
+        converted: names of the 1-bit modules, relative to the base model; set by `binarize`.
+        converted_head: names of the 1-bit modules outside the base model; set by `binarize`.
+        not_converted: linear and embedding modules left float; set by `binarize`.
+        format_version: of config and bits.
+
+    Raises:
+        ValueError: an unknown field or choice, or a file written by a newer version of this package.
+    """
+
+    weight_scale: Literal["learned", "mean_abs"] = "learned"
+    scale_granularity: Literal["row", "tensor"] = "row"
+    scale_gradient: Literal["none", "exact", "xnor"] = "none"
+    weight_center: Literal["none", "row", "tensor"] = "none"
+    center_gradient: bool = True
+    weight_ste: Literal["clip", "identity"] = "clip"
+    ste_slope: Literal["scale", "unit"] = "scale"
+    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] = "flip_maxgrad"
+    balance_value: float = 2e-4
+    balance_lower: float | None = None
+    balance_upper: float | None = None
+    balance_form: Literal["gradient", "decoupled"] = "gradient"
+    balance_strength: float = 1.0
+    word_embeddings: bool = False
+    pooler: bool = False
+    head: bool = False
+    untie_embeddings: bool = False
+    modules_to_not_convert: list[str] | None = None
+    state: Literal["latent", "packed"] = "latent"
+    converted: list[str] = field(default_factory=list)
+    converted_head: list[str] = field(default_factory=list)
+    not_converted: list[str] = field(default_factory=list)
+    weight_bits: int = 1
+    format_version: int = FORMAT_VERSION
+    quant_method: str = "rebnn"
+
+    def __post_init__(self):
+        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version!r} cannot be read: this rebnn_hf knows versions 1 to "
+                f"{FORMAT_VERSION}. Upgrade with `pip install -U rebnn_hf`."
+            )
+        if self.quant_method != "rebnn" or self.weight_bits != 1:
+            raise ValueError(
+                f"quant_method={self.quant_method!r} with weight_bits={self.weight_bits!r} is not a rebnn config "
+                "(quant_method='rebnn', weight_bits=1)."
+            )
+        if self.state not in ("latent", "packed"):
+            raise ValueError(f"state={self.state!r} is unknown; expected 'latent' or 'packed'.")
+        for name in ("modules_to_not_convert", "converted", "converted_head", "not_converted"):
+            names = getattr(self, name)
+            if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+                raise ValueError(f"{name} must be a list of module names, got {names!r}.")
+        self.rule()
+        self.balance()
+
+    def rule(self) -> WeightRule:
+        """The weight rule these fields describe."""
+        return WeightRule(
+            scale=self.weight_scale,
+            granularity=self.scale_granularity,
+            scale_gradient=self.scale_gradient,
+            center=self.weight_center,
+            center_gradient=self.center_gradient,
+            ste=self.weight_ste,
+            slope=self.ste_slope,
+        )
+
+    def balance(self) -> BalanceRule:
+        """The balance rule these fields describe."""
+        return BalanceRule(
+            rule=self.balance_rule,
+            value=self.balance_value,
+            lower=self.balance_lower,
+            upper=self.balance_upper,
+            form=self.balance_form,
+            strength=self.balance_strength,
+        )
+
+    def method(self) -> dict[str, Any]:
+        """The fields a user chooses, without those that record what was done to a model."""
+        recorded = {"state", "converted", "converted_head", "not_converted", "format_version"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in recorded}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Value of a field; transformers reads a config object like the dict it was."""
+        return getattr(self, key, default)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        """Build from the dict in config.json.
+
+        Raises:
+            ValueError: the file was written by a newer version, or a field is unknown.
+        """
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if (
+            not isinstance(version, int) or version > FORMAT_VERSION
+        ):  # before its new fields look like mistakes
+            cls(format_version=version)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown fields in the rebnn config: {', '.join(unknown)}; expected some of {', '.join(sorted(known))}."
+            )
+        chosen = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+        config = cls(**{**config_dict, **chosen})
+        return (config, kwargs) if return_unused_kwargs else config

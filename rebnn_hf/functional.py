@@ -1,0 +1,326 @@
+"""The equations of ReBNN (arXiv 2302.00956) and of the baselines it is compared with, as pure functions.
+
+Notation: latent weights W [O, M], one row per output channel (an embedding: one row per token); signs
+b = sign(W) in {-1, +1}; one scale alpha_i per row (or one for the tensor); binary weights
+W_hat_ij = alpha_i b_ij; task gradient G = dL/dW_hat, L without the reconstruction term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+SCALE_FLOOR = 1e-8
+"""Smallest initial scale: an all-zero row (a padding embedding) still gets a positive one."""
+
+
+def _check_choices(rule) -> None:
+    hints = get_type_hints(type(rule))
+    for field in fields(rule):
+        choices, value = get_args(hints[field.name]), getattr(rule, field.name)
+        if choices and isinstance(choices[0], str) and value not in choices:
+            raise ValueError(
+                f"{field.name}={value!r} is unknown; expected one of {', '.join(map(repr, choices))}."
+            )
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """How latent weights become binary ones, and how gradients find their way back.
+
+    Forward: `W_hat = alpha * sign(W - mu)`. Backward: `dW = P[slope * G * window]`, where P is the Jacobian of
+    the centering (identity without one).
+
+    Args:
+        scale: `learned`, alpha is a parameter (ReBNN, section A1); `mean_abs`, alpha = mean |W| in closed form (BWN).
+        granularity: one alpha per `row` or one per `tensor`.
+        scale_gradient: how a closed-form alpha is differentiated: `none`, treated as a constant (ReActNet, BiBERT);
+            `exact`, the chain rule through mean |W|; `xnor`, the published XNOR-Net gradient
+            `G * (1/M + alpha * window)`.
+        center: mu = 0 (`none`), the mean of the `row` (BiBERT) or of the `tensor` (BiT).
+        center_gradient: whether P is kept (`dW - mean(dW)`, BiBERT) or replaced by the identity (BiT).
+        ste: the window: `clip`, 1 where |W - mu| <= 1 and else 0; `identity`, 1 everywhere.
+        slope: `scale`, the chain rule's alpha; `unit`, 1 (ReActNet, BiBERT, BiT).
+
+    Raises:
+        ValueError: an unknown choice, or a scale gradient for a scale that is learned.
+    """
+
+    scale: Literal["learned", "mean_abs"] = "learned"
+    granularity: Literal["row", "tensor"] = "row"
+    scale_gradient: Literal["none", "exact", "xnor"] = "none"
+    center: Literal["none", "row", "tensor"] = "none"
+    center_gradient: bool = True
+    ste: Literal["clip", "identity"] = "clip"
+    slope: Literal["scale", "unit"] = "scale"
+
+    def __post_init__(self):
+        _check_choices(self)
+        if self.scale == "learned" and self.scale_gradient != "none":
+            raise ValueError(
+                f"scale_gradient={self.scale_gradient!r} differentiates a closed-form scale, but scale='learned' is "
+                "a parameter with a gradient of its own; use scale='mean_abs' or scale_gradient='none'."
+            )
+
+
+@dataclass(frozen=True)
+class BalanceRule:
+    """How strongly a row is held to its binary value: the balance gamma of the weighted reconstruction loss.
+
+    With f_i the share of row i whose sign changed in a step, and m_i = max_j |G_ij| of that step:
+
+    - `flip_maxgrad`: gamma_i = f_i * m_i, used in the next step (the paper's rule, section A3);
+    - `maxgrad`: gamma_i = m_i, used in the same step (ablation: under SGD no weight can flip);
+    - `const`: gamma_i = value (what the authors' released code really does, with 2e-4);
+    - `none`: gamma_i = 0 (learned scales alone).
+
+    Args:
+        rule: one of the above.
+        value: gamma of `const`.
+        lower, upper: bounds for gamma, off by default. They are absolute: unlike the unbounded rule they are not
+            covariant with the scale of the loss.
+        form: `gradient`, gamma * (W - alpha b) is added to the gradient (the paper); `decoupled`, the weight itself
+            is moved after the optimizer step (see `decoupled_share`), untouched by the optimizer's moments.
+        strength: factor of the decoupled pull.
+
+    Raises:
+        ValueError: an unknown choice or a bound that cannot hold.
+    """
+
+    rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] = "flip_maxgrad"
+    value: float = 2e-4
+    lower: float | None = None
+    upper: float | None = None
+    form: Literal["gradient", "decoupled"] = "gradient"
+    strength: float = 1.0
+
+    def __post_init__(self):
+        _check_choices(self)
+        for name in ("value", "lower", "upper", "strength"):
+            number = getattr(self, name)
+            if number is not None and not 0 <= number < float("inf"):
+                raise ValueError(f"{name}={number!r} must be a finite number >= 0.")
+        if self.lower is not None and self.upper is not None and self.lower > self.upper:
+            raise ValueError(f"lower={self.lower} is above upper={self.upper}; swap them or leave one out.")
+        if self.form == "decoupled" and self.rule == "maxgrad":
+            raise ValueError(
+                "rule='maxgrad' has no decoupled form: normalised by the largest gradient it is 1 for every row, "
+                "which would set each weight to its binary value; use 'flip_maxgrad' or 'const'."
+            )
+
+
+def sign(x: Tensor) -> Tensor:
+    """Sign with sign(0) = +1, the one sign of this package: binary weights have two values, never three.
+
+    Args:
+        x: any shape, floating point.
+
+    Returns:
+        -1 or +1, same shape and dtype.
+    """
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+class _StraightThroughSign(torch.autograd.Function):
+    """Sign with the surrogate gradient `G_b * (window * slope + leak)`."""
+
+    @staticmethod
+    def forward(ctx, weight, window, slope, leak, dtype):
+        ctx.save_for_backward(weight, slope, leak)
+        ctx.window = window
+        plus = torch.ones((), dtype=dtype, device=weight.device)
+        return torch.where(weight >= 0, plus, -plus)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, slope, leak = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        passed = grad
+        if ctx.window:
+            # hardtanh's derivative is open at its bounds; the next float up makes it |w| <= 1, in one pass.
+            bound = 1.0 + torch.finfo(weight.dtype).eps
+            passed = torch.ops.aten.hardtanh_backward(grad, weight, -bound, bound)
+        if slope is not None:
+            passed = passed * slope
+        if leak is not None:
+            passed = passed + grad * leak
+        return passed, None, None, None, None
+
+
+def center(weight: Tensor, rule: WeightRule, table: Tensor | None = None) -> Tensor:
+    """Latent weights minus their mean: `W - mu`, mu by `rule.center` (BiBERT B1 per row, BiT C4 per tensor).
+
+    Args:
+        weight: rows, [..., M].
+        rule: `center` and `center_gradient` are used.
+        table: the whole tensor where `weight` holds only some of its rows (an embedding look-up).
+
+    Returns:
+        Centered rows, same shape.
+    """
+    if rule.center == "none":
+        return weight
+    mean = (
+        weight.mean(-1, keepdim=True) if rule.center == "row" else (weight if table is None else table).mean()
+    )
+    return weight - (mean if rule.center_gradient else mean.detach())
+
+
+def mean_abs_scale(weight: Tensor, granularity: str = "row") -> Tensor:
+    """Closed-form scale `alpha_i = ||w_i||_1 / M`, the minimiser of ||w_i - alpha_i b_i||^2 (BWN, XNOR-Net).
+
+    Args:
+        weight: [..., M], not centered.
+        granularity: `row` or `tensor`.
+
+    Returns:
+        [...] for rows, [1] for the tensor.
+    """
+    return weight.abs().mean(-1) if granularity == "row" else weight.abs().mean().reshape(1)
+
+
+def binarize_rows(
+    weight: Tensor,
+    learned_scale: Tensor | None,
+    rule: WeightRule,
+    table: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Split binary weights into signs and scales: `W_hat = alpha * b` (ReBNN A1).
+
+    Kept apart because `x W_hat^T = alpha * (x b^T)`: the product with signs is exact in any precision, and autograd
+    yields the gradients of A2, `dW = alpha G 1[|W|<=1]` and `dalpha_i = sum_j G_ij b_ij`, without a float copy of
+    W_hat.
+
+    Args:
+        weight: latent rows [..., M].
+        learned_scale: [...] or [1], required where `rule.scale` is `learned`. Its absolute value is used, so that
+            scales stay positive whatever the optimizer does.
+        rule: see `WeightRule`.
+        table: the whole tensor where `weight` holds only some rows (an embedding look-up).
+        dtype: of the signs; default that of the weight.
+
+    Returns:
+        Signs [..., M] and scales [...] (or [1]).
+
+    Raises:
+        ValueError: a learned scale is missing.
+    """
+    if rule.scale == "learned":
+        if learned_scale is None:
+            raise ValueError(
+                "rule.scale='learned' needs learned_scale, got None; pass the layer's weight_scale."
+            )
+        scale = learned_scale.abs()
+    else:
+        statistics = weight if table is None or rule.granularity == "row" else table
+        scale = mean_abs_scale(statistics, rule.granularity)
+        if rule.scale_gradient != "exact":
+            scale = scale.detach()
+    slope = leak = None
+    if rule.slope == "unit":
+        slope = scale.detach().clamp_min(SCALE_FLOOR).reciprocal().unsqueeze(-1)
+    if rule.scale_gradient == "xnor":
+        leak = (scale.detach().clamp_min(SCALE_FLOOR) * weight.shape[-1]).reciprocal().unsqueeze(-1)
+    centered = center(weight, rule, table)
+    signs = _StraightThroughSign.apply(centered, rule.ste == "clip", slope, leak, dtype or weight.dtype)
+    return signs, scale
+
+
+def largest_gradient(weight_grad: Tensor, scale: Tensor, rule: WeightRule) -> Tensor:
+    """Largest task gradient of a row, `m_i = max_j |G_ij|` (A3), recovered from the latent gradient.
+
+    `dW = alpha G` wherever the straight-through window is open, so m_i = max_j |dW_ij| / alpha_i (A4): no copy of G
+    is kept, and the gradient of the whole accumulated, all-reduced batch is seen. Entries with |W| > 1 are outside
+    the window and do not count; with a centering Jacobian the maximum is that of `P[G]`.
+
+    Args:
+        weight_grad: [O, M], before the reconstruction term is added.
+        scale: [O] or [1], > 0.
+        rule: its slope tells whether dW carries alpha.
+
+    Returns:
+        [O].
+    """
+    largest = torch.linalg.vector_norm(weight_grad, float("inf"), dim=-1)
+    return largest / scale.clamp_min(SCALE_FLOOR) if rule.slope == "scale" else largest
+
+
+def balance(flip_share: Tensor, largest_grad: Tensor, rule: BalanceRule) -> Tensor:
+    """Balance of each row: `gamma_i^{t+1} = f_i^{t->t+1} * max_j |G_ij^t|` (A3) or one of its ablations.
+
+    Args:
+        flip_share: f [O], share of each row whose sign changed, in [0, 1].
+        largest_grad: m [O].
+        rule: see `BalanceRule`.
+
+    Returns:
+        gamma [O], within the rule's bounds.
+    """
+    gamma = {
+        "flip_maxgrad": lambda: flip_share * largest_grad,
+        "maxgrad": lambda: largest_grad.clone(),
+        "const": lambda: torch.full_like(largest_grad, rule.value),
+        "none": lambda: torch.zeros_like(largest_grad),
+    }[rule.rule]()
+    return gamma if rule.lower is None and rule.upper is None else gamma.clamp(rule.lower, rule.upper)
+
+
+def decoupled_share(flip_share: Tensor, rule: BalanceRule) -> Tensor:
+    """Normalised balance of the decoupled form, `rho_i = gamma_i / max_j |G_ij|`: f_i, or the constant.
+
+    The pull is `W <- W - strength * (eta_t / eta_0) * rho_i * (W - alpha b)` after the optimizer's own step, with the
+    signs after that step: in the spirit of AdamW's weight decay it bypasses the moments, which would otherwise divide
+    it by the running gradient scale. It follows the schedule of the learning rate, not its size: multiplied by
+    eta ~ 1e-3 as well, a pull with f ~ 1e-3 would be 1e-6 of the distance, that is nothing.
+
+    Args:
+        flip_share: f [O].
+        rule: see `BalanceRule`; its bounds apply to rho.
+
+    Returns:
+        rho [O].
+    """
+    return balance(flip_share, torch.ones_like(flip_share), rule)
+
+
+def reconstruction_loss(weight: Tensor, signs: Tensor, scale: Tensor, gamma: Tensor) -> Tensor:
+    """Weighted reconstruction loss of one layer, `L_R = 1/2 sum_i gamma_i ||w_i - alpha_i b_i||^2` (A1).
+
+    Args:
+        weight: W (centered if the rule centers) [O, M].
+        signs: b [O, M], a constant for autograd.
+        scale: alpha [O] or [1].
+        gamma: [O], a constant for autograd.
+
+    Returns:
+        Scalar.
+    """
+    residual = weight - scale.unsqueeze(-1) * signs.detach()
+    return 0.5 * (gamma.detach() * residual.square().sum(-1)).sum()
+
+
+def reconstruction_gradients(
+    weight: Tensor, signs: Tensor, scale: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `reconstruction_loss` (A2): `gamma_i (w_i - alpha_i b_i)` and `-gamma_i (||w_i||_1 - M alpha_i)`.
+
+    Args:
+        weight: W (centered if the rule centers) [O, M].
+        signs: b [O, M], or a boolean tensor that is true for +1.
+        scale: alpha [O] or [1].
+        gamma: [O].
+
+    Returns:
+        dL_R/dW [O, M] and dL_R/dalpha, shaped like `scale`.
+    """
+    column = scale.unsqueeze(-1)
+    target = torch.where(signs, column, -column) if signs.dtype == torch.bool else column * signs
+    norm = torch.linalg.vector_norm(weight, 1, dim=-1)
+    by_scale = -gamma * (norm - weight.shape[-1] * scale)
+    return (weight - target).mul_(gamma.unsqueeze(-1)), by_scale if scale.numel() == len(
+        gamma
+    ) else by_scale.sum(0, True)

@@ -1,0 +1,92 @@
+"""The transformers quantizer: what makes `AutoModel.from_pretrained` build and check 1-bit layers."""
+
+from __future__ import annotations
+
+import torch
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from ..layers import LATENT_TYPES, PACKED_TYPES
+from ..packing import has_clean_padding
+from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack
+
+
+@register_quantizer("rebnn")
+class ReBNNQuantizer(HfQuantizer):
+    """Loads packed and latent checkpoints, and binarizes float ones on `from_pretrained(quantization_config=...)`."""
+
+    requires_calibration = False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Latent weights train; packed ones serve as a frozen base."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Tells the Trainer that no adapter is needed."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Both states are saved as plain tensors."""
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        config = self.quantization_config
+        if not self.pre_quantized:
+            if config.state == "packed":
+                raise ValueError(
+                    "a float checkpoint cannot be packed while it loads: its signs alone are useless without training; "
+                    "use ReBNNConfig(state='latent'), train, then rebnn_hf.pack(model)."
+                )
+            select_for_loading(model, config)
+            model._keys_to_ignore_on_load_missing = {
+                *(model._keys_to_ignore_on_load_missing or ()),
+                r"\.weight_scale$",
+                r"\.balance$",
+            }
+        prepare_for_loading(model, config)
+        model.config.quantization_config = config
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, module in model.named_modules():
+            if isinstance(module, PACKED_TYPES):
+                _check_loaded(name, module, ("weight", "weight_scale"))
+                _check_bits(name, module)
+            elif isinstance(module, LATENT_TYPES) and self.pre_quantized:
+                scales = () if module.weight_scale is None else ("weight_scale",)
+                _check_loaded(name, module, ("weight", "balance", *scales))
+            elif isinstance(module, LATENT_TYPES):
+                _check_loaded(name, module, ("weight",))
+                module.reset_scale()
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        unpack(model)
+        return model if dtype is None else model.to(dtype)
+
+    def remove_quantization_config(self, model):
+        """Called by `model.dequantize()` after `unpack` has already removed it."""
+        if hasattr(model.config, "quantization_config"):
+            forget_quantization(model)
+
+
+def _check_loaded(name: str, module: torch.nn.Module, tensors: tuple[str, ...]) -> None:
+    """transformers only reports a missing tensor and leaves uninitialised memory; here that is an error."""
+    missing = [t for t in tensors if not getattr(getattr(module, t), "_is_hf_initialized", False)]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(f'{name}.{t}' for t in missing)}: it was cut, or its config.json belongs "
+            "to another checkpoint."
+        )
+
+
+def _check_bits(name: str, module: torch.nn.Module) -> None:
+    if module.weight.dtype != torch.uint8:
+        raise ValueError(f"{name}.weight is {module.weight.dtype} in the checkpoint; packed bits are uint8.")
+    if not has_clean_padding(module.weight, module.width):
+        raise ValueError(
+            f"{name}.weight has spare bits set; the checkpoint was damaged or written by something else."
+        )
+    scale = module.weight_scale
+    if not scale.is_floating_point() or not scale.isfinite().all() or (scale < 0).any():
+        raise ValueError(f"{name}.weight_scale must be finite and >= 0; the checkpoint was damaged.")

@@ -1,0 +1,300 @@
+"""The layers in their two states: latent (trainable) and packed (one bit per weight).
+
+Latent layers are `nn.Linear`/`nn.Embedding` with the same `weight` and `bias` names, so a float checkpoint loads
+unchanged; packed layers keep the bits under `weight` (uint8), so a checkpoint that is read by someone who forgot
+`import rebnn_hf` fails on a shape instead of loading random weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, mean_abs_scale
+from .packing import pack_signs, packed_width, unpack_signs
+
+
+class _Latent:
+    """What latent layers share: the rule, the learned scale, the balance of each row."""
+
+    def _init_rule(self, rule: WeightRule) -> None:
+        self.rule = rule
+        rows = self.weight.shape[0]
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        if rule.scale == "learned":
+            size = rows if rule.granularity == "row" else 1
+            self.weight_scale = nn.Parameter(torch.empty(size, **like))
+        else:
+            self.register_parameter("weight_scale", None)
+        # Not called gamma: checkpoint loaders rename keys that contain it.
+        self.register_buffer("balance", torch.empty(rows, **like))
+        self.reset_scale()
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Start from the closed form, `alpha_i = mean_j |W_ij|` (A6), and from a balance of zero."""
+        if self.weight_scale is not None:
+            self.weight_scale.copy_(mean_abs_scale(self.weight, self.rule.granularity).clamp_min(SCALE_FLOOR))
+        self.balance.zero_()
+
+    @torch.no_grad()
+    def scale(self) -> Tensor:
+        """Scales in force, alpha > 0, without gradient: [rows] or [1]."""
+        if self.weight_scale is not None:
+            return self.weight_scale.abs()
+        return mean_abs_scale(self.weight, self.rule.granularity)
+
+    @torch.no_grad()
+    def centered(self) -> Tensor:
+        """Latent weights as the sign sees them, `W - mu` (the weights themselves where nothing is centered)."""
+        return center(self.weight, self.rule)
+
+    @torch.no_grad()
+    def signs(self) -> Tensor:
+        """Boolean [rows, M]: true where the binary weight is +1."""
+        return self.centered() >= 0
+
+    @torch.no_grad()
+    def binary_weight(self) -> Tensor:
+        """Float binary weights `W_hat = alpha * b`, [rows, M], for export and inspection."""
+        signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule)
+        return signs * scale.unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, 1-bit latent, scale={self.rule.scale}"
+
+
+class _Packed:
+    """What packed layers share: bits and scales as buffers."""
+
+    def _init_bits(self, rows: int, width: int, device=None, dtype=None) -> None:
+        del self.weight
+        # Garbage until loaded or packed into, like every module built for loading.
+        self.register_buffer(
+            "weight", torch.empty(rows, packed_width(width), dtype=torch.uint8, device=device)
+        )
+        self.register_buffer("weight_scale", torch.empty(rows, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def _take(self, latent) -> None:
+        """Keep the signs and scales of a latent layer of the same shape."""
+        self.weight = pack_signs(latent.signs())
+        self.weight_scale = latent.scale().expand(latent.weight.shape[0]).clone()
+
+    @torch.no_grad()
+    def binary_weight(self) -> Tensor:
+        """Float binary weights `W_hat = alpha * b`, [rows, M]: a copy, for export and inspection."""
+        return unpack_signs(self.weight, self.width, self.weight_scale.dtype) * self.weight_scale.unsqueeze(
+            -1
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, 1-bit packed"
+
+
+class BinaryLinear(_Latent, nn.Linear):
+    """Linear layer with latent float weights, used as `y = alpha * (x sign(W)^T) + bias` (ReBNN A1, gradients A2).
+
+    Args:
+        in_features: M.
+        out_features: O.
+        bias: whether a float bias is added.
+        rule: how weights become binary, see `WeightRule`.
+
+    Shapes: `weight` [O, M], `weight_scale` [O] (absent for closed-form scales, [1] per tensor), `balance` [O]
+    (the gamma of the reconstruction loss, kept by `rebnn_hf.attach`); input [..., M], output [..., O].
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, rule: WeightRule | None = None, **kwargs
+    ):
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self._init_rule(rule or WeightRule())
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, rule: WeightRule) -> BinaryLinear:
+        """Take over the parameters of a float layer (the very same objects, no copy)."""
+        latent = cls(linear.in_features, linear.out_features, linear.bias is not None, rule, device="meta")
+        return _take_over(latent, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`alpha * (x b^T) + bias`: [..., M] -> [..., O]."""
+        signs, scale = binarize_rows(
+            self.weight, self.weight_scale, self.rule, dtype=_compute_dtype(x, self.weight)
+        )
+        return _scale_and_shift(F.linear(x, signs), scale, self.bias)
+
+    def pack(self) -> PackedLinear:
+        """Inference form with the same bits, scales and bias."""
+        packed = PackedLinear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        packed._take(self)
+        packed.bias = self.bias
+        return packed.train(self.training)
+
+    def to_float(self) -> nn.Linear:
+        """Plain `nn.Linear` with weight `alpha * b`."""
+        return _float_linear(self)
+
+
+class BinaryEmbedding(_Latent, nn.Embedding):
+    """Embedding whose rows are `alpha_i * sign(w_i)`, one scale per token.
+
+    Args:
+        num_embeddings: tokens.
+        embedding_dim: M.
+        padding_idx: as in `nn.Embedding`: that row gets no gradient.
+        rule: see `WeightRule`.
+
+    Shapes: `weight` [tokens, M], `weight_scale` [tokens], `balance` [tokens]; input [...] of indices, output [..., M].
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        rule: WeightRule | None = None,
+        **kwargs,
+    ):
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **kwargs)
+        self._init_rule(rule or WeightRule())
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, rule: WeightRule) -> BinaryEmbedding:
+        """Take over the weight of a float embedding (the very same parameter, no copy)."""
+        latent = cls(
+            embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, rule, device="meta"
+        )
+        return _take_over(latent, embedding)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """`alpha_i * sign(w_i)` for each index i: [...] -> [..., M]."""
+        rows = F.embedding(indices, self.weight, self.padding_idx)
+        scale = self.weight_scale
+        if scale is not None and self.rule.granularity == "row":
+            scale = F.embedding(indices, scale.unsqueeze(-1), self.padding_idx).squeeze(-1)
+        signs, scale = binarize_rows(rows, scale, self.rule, table=self.weight)
+        return signs * scale.unsqueeze(-1)
+
+    def pack(self) -> PackedEmbedding:
+        """Inference form with the same bits and scales."""
+        packed = PackedEmbedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        packed._take(self)
+        return packed.train(self.training)
+
+    def to_float(self) -> nn.Embedding:
+        """Plain `nn.Embedding` with weight `alpha * b`."""
+        return _float_embedding(self)
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """Linear layer with one bit per weight: `y = scale * (x b^T) + bias`.
+
+    Shapes: `weight` uint8 [O, ceil(M / 8)] (see `packing`), `weight_scale` [O], `bias` [O]; input [..., M], output
+    [..., O]. The reference product unpacks the signs of this one layer for the time of the call.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        super().__init__(in_features, out_features, bias, device="meta")
+        self._init_bits(out_features, in_features, device, dtype)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+
+    @property
+    def width(self) -> int:
+        """Signs in a row."""
+        return self.in_features
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> PackedLinear:
+        """Empty packed layer of the shape, device and dtype of `linear`, for a checkpoint to fill."""
+        weight = linear.weight
+        return cls(
+            linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""
+        signs = unpack_signs(self.weight, self.in_features, _compute_dtype(x, self.weight_scale))
+        return _scale_and_shift(F.linear(x, signs), self.weight_scale, self.bias)
+
+    def to_float(self) -> nn.Linear:
+        """Plain `nn.Linear` with weight `scale * b`."""
+        return _float_linear(self)
+
+
+class PackedEmbedding(_Packed, nn.Embedding):
+    """Embedding with one bit per weight and one scale per token.
+
+    Shapes: `weight` uint8 [tokens, ceil(M / 8)], `weight_scale` [tokens]; input [...] of indices, output [..., M].
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, device=None, dtype=None
+    ):
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
+        self._init_bits(num_embeddings, embedding_dim, device, dtype)
+
+    @property
+    def width(self) -> int:
+        """Signs in a row."""
+        return self.embedding_dim
+
+    @classmethod
+    def like(cls, embedding: nn.Embedding) -> PackedEmbedding:
+        """Empty packed embedding of the shape, device and dtype of `embedding`, for a checkpoint to fill."""
+        weight = embedding.weight
+        return cls(*weight.shape, embedding.padding_idx, weight.device, weight.dtype)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """`scale_i * b_i` for each index i: [...] -> [..., M]; only the looked-up rows are unpacked."""
+        scale = F.embedding(indices, self.weight_scale.unsqueeze(-1))
+        return unpack_signs(F.embedding(indices, self.weight), self.embedding_dim, scale.dtype) * scale
+
+    def to_float(self) -> nn.Embedding:
+        """Plain `nn.Embedding` with weight `scale * b`."""
+        return _float_embedding(self)
+
+
+LATENT_OF = {nn.Linear: BinaryLinear, nn.Embedding: BinaryEmbedding}
+"""The one table of layer types: float class -> latent class."""
+
+PACKED_OF = {nn.Linear: PackedLinear, nn.Embedding: PackedEmbedding}
+"""Float class -> packed class."""
+
+LATENT_TYPES = tuple(LATENT_OF.values())
+PACKED_TYPES = tuple(PACKED_OF.values())
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Type of the product: autocast's where it is on, else that of the float parameters."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`product * scale + bias` in the type of the product: type promotion would undo autocast."""
+    scale = scale.to(product.dtype)
+    return product * scale if bias is None else torch.addcmul(bias.to(product.dtype), product, scale)
+
+
+def _take_over(latent, source: nn.Module):
+    latent.weight = source.weight
+    if getattr(source, "bias", None) is not None:
+        latent.bias = source.bias
+    latent._init_rule(latent.rule)
+    return latent.train(source.training)
+
+
+def _float_linear(layer) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.binary_weight())
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def _float_embedding(layer) -> nn.Embedding:
+    embedding = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+    embedding.weight = nn.Parameter(layer.binary_weight())
+    return embedding.train(layer.training)

@@ -1,0 +1,387 @@
+"""binarize, pack, unpack: the three verbs that change a model's state. Each checks everything before it changes
+anything, is idempotent, and returns the model it was given."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import ReBNNConfig
+from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES
+
+
+def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
+    """Give a float model 1-bit weights that can be trained: float -> latent, in place.
+
+    By default every `nn.Linear` inside the encoder's blocks; embeddings, LayerNorm, pooler and task head stay float
+    (see `ReBNNConfig` for the switches). The forward pass uses `alpha * sign(W)` at once; to get accuracy back, train
+    with `ReBNNTrainer`, or with any loop and `rebnn_hf.attach`.
+
+    Args:
+        model: a transformers model with floating point weights.
+        config: default `ReBNNConfig()`; it is copied, and the copy saved as `model.config.quantization_config`.
+
+    Returns:
+        The same model. On a model that is latent already, nothing changes.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: nothing matched; a packed, meta-device, quantized or otherwise not plainly float model; weights
+            shared between modules; a model that is latent under other settings. The model is as it was.
+
+    Example:
+        >>> model = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-uncased")
+        >>> rebnn_hf.binarize(model, ReBNNConfig(word_embeddings=True))
+    """
+    _require_transformers_model(model, "binarize")
+    saved = saved_config(model)
+    if saved is not None:
+        _require_same_method(saved, config)
+        return model
+    config = copy.deepcopy(config) if config is not None else ReBNNConfig()
+    targets = _select(model, config)
+    _check_targets(model, targets, config)
+    _record(model, config, targets)
+    if config.word_embeddings:
+        _untie(model)
+    for name, module in targets.items():
+        _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+    model.config.quantization_config = config
+    return model
+
+
+def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Turn latent weights into bits: latent -> packed, in place. Outputs stay the same.
+
+    Args:
+        model: made by `binarize` (and trained).
+        dtype: type of everything that stays float (scales, biases, LayerNorm, embeddings), e.g. `torch.float16` for
+            the smallest file; default: unchanged.
+
+    Returns:
+        The same model, ready for `save_pretrained`. A packed model is returned unchanged.
+
+    Raises:
+        TypeError: not a transformers model, or `dtype` is not floating point.
+        ValueError: not a binarized model, or scales that are not finite.
+    """
+    _require_transformers_model(model, "pack")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(
+            f"dtype={dtype} is not floating point; use torch.float32, torch.float16 or torch.bfloat16."
+        )
+    config = saved_config(model)
+    if config is None:
+        raise ValueError(
+            "pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it."
+        )
+    latent = {name: m for name, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
+    broken = [
+        name for name, m in latent.items() if not (m.scale().isfinite().all() and m.weight.isfinite().all())
+    ]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} layers hold NaN or infinity (first: {broken[0]}); training diverged, "
+            "resume from an earlier checkpoint with a smaller learning rate."
+        )
+    for name, module in latent.items():
+        _replace(model, name, module.pack())
+    if dtype is not None:
+        _cast_float(model, dtype)
+    config.state = "packed"
+    return model
+
+
+def unpack(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a 1-bit model into a plain float one with weights `alpha * b`, in place, for export or merging.
+
+    Args:
+        model: packed or latent (whose latent values are lost: only their signs and scales remain).
+
+    Returns:
+        The same model, without any class of this package in it. A float model is returned unchanged.
+
+    Raises:
+        TypeError: not a transformers model.
+    """
+    _require_transformers_model(model, "unpack")
+    if saved_config(model) is None:
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LATENT_TYPES + PACKED_TYPES):
+            _replace(model, name, module.to_float())
+    forget_quantization(model)
+    return model
+
+
+def saved_config(model: nn.Module) -> ReBNNConfig | None:
+    """The config a model was binarized with, or None for a float model."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config if isinstance(config, ReBNNConfig) else None
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove what marks a model as quantized for transformers."""
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
+
+
+def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
+    """Give a model on the meta device the layers that a saved checkpoint describes.
+
+    Raises:
+        ValueError: a module named in the config does not exist in this architecture or is of another type.
+    """
+    for name in _names_to_load(model, config):
+        module = model.get_submodule(name)
+        if config.state == "packed":
+            _replace(model, name, PACKED_OF[type(module)].like(module))
+        else:
+            _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+
+
+def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
+    """Choose and record the targets of a float checkpoint that is binarized while it loads (meta device).
+
+    Raises:
+        ValueError: as `binarize`.
+    """
+    targets = _select(model, config)
+    _check_targets(model, targets, config, on_meta=True)
+    _record(model, config, targets)
+    if config.word_embeddings:
+        _untie(model)
+
+
+def base_relative(model: PreTrainedModel, name: str) -> str | None:
+    """Name of a module relative to the base model, None for a module outside of it."""
+    if model.base_model is model:
+        return name
+    prefix = model.base_model_prefix + "."
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+# Step 1: list
+
+
+def _select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
+    skipped = _skipped(model, config)
+    targets = {name: module for name, module in _candidates(model, config) if name not in skipped}
+    if not targets:
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise ValueError(
+            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block of "
+            f"the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer at all'}. "
+            f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
+        )
+    return targets
+
+
+def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that the switches of the config choose, before names are looked at."""
+    blocks = _block_prefixes(model)
+    if config.word_embeddings:
+        yield _word_embeddings(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = base_relative(model, name) is not None
+        if "pooler" in name.split("."):
+            chosen = config.pooler
+        elif inside:
+            chosen = name.startswith(blocks)
+        else:
+            chosen = config.head
+        if chosen:
+            yield name, module
+
+
+def _block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and base_relative(model, name) is not None
+        and len({type(block) for block in module}) == 1
+    )
+
+
+def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
+    module = model.get_input_embeddings()
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"word_embeddings=True, but the input embedding of {type(model).__name__} is a {type(module).__name__}; "
+            "use word_embeddings=False."
+        )
+    return next(name for name, m in model.named_modules() if m is module), module
+
+
+def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
+    """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names."""
+    skipped = set()
+    for pattern in config.modules_to_not_convert or []:
+        matched = {n for n, _ in model.named_modules() if n and _matches(pattern, n, base_relative(model, n))}
+        if not matched:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "
+                "print(model) shows the names."
+            )
+        skipped |= matched
+    return skipped
+
+
+def _matches(pattern: str, *names: str | None) -> bool:
+    """A pattern is the start (up to a dot) or the end of a name, or a regular expression for its start."""
+    return any(
+        re.match(rf"(?:{pattern})(?=\.|$)", name) or name == pattern or name.endswith(f".{pattern}")
+        for name in names
+        if name is not None
+    )
+
+
+# Step 2: check
+
+
+def _require_transformers_model(model, verb: str) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{verb}() expects a transformers PreTrainedModel, got {type(model).__name__}; pass the model inside "
+            "the wrapper (for example accelerator.unwrap_model(model))."
+        )
+
+
+def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None:
+    if saved.state == "packed":
+        raise ValueError(
+            "the model is packed: its latent weights are gone and cannot be trained; "
+            "use unpack() to go back to float, or load the latent checkpoint."
+        )
+    if config is None or config.method() == saved.method():
+        return
+    changed = [name for name, value in config.method().items() if value != saved.method()[name]]
+    raise ValueError(
+        f"the model is already binarized with other settings ({', '.join(changed)}); reload the float one."
+    )
+
+
+def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_meta: bool = False) -> None:
+    for name, module in targets.items():
+        if type(module) not in LATENT_OF:
+            raise ValueError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or nn.Embedding: "
+                f"binarize the float model, or add {name!r} to modules_to_not_convert."
+            )
+        if not module.weight.is_floating_point():
+            raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
+        if module.weight.is_meta and not on_meta:
+            raise ValueError(f"{name}.weight is on the meta device and has no values; load the model first.")
+        if not module.weight.numel():
+            raise ValueError(f"{name}.weight is empty ({tuple(module.weight.shape)}).")
+        if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
+            raise ValueError(
+                f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support."
+            )
+    _check_unshared(model, targets, config)
+
+
+def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -> None:
+    uses: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    tied = _tied_to_embeddings(model)
+    for name, module in targets.items():
+        others = [n for n in uses[id(module.weight)] if n != f"{name}.weight"]
+        others += [n for n in tied if isinstance(module, nn.Embedding) and n not in others]
+        if isinstance(module, nn.Embedding) and config.untie_embeddings:
+            others = [n for n in others if n not in tied and n != tied]
+            others = [n for n in others if not _is_output_weight(model, n)]
+        elif isinstance(module, nn.Linear) and f"{name}.weight" in tied:
+            others.append("the word embeddings")
+        if others:
+            remedy = (
+                "untie_embeddings=True gives the other a float copy of its own"
+                if isinstance(module, nn.Embedding)
+                else f"add {name!r} to modules_to_not_convert"
+            )
+            raise ValueError(
+                f"{name}.weight is shared with {', '.join(others)}, and bits cannot be tied: {remedy}."
+            )
+
+
+def _is_output_weight(model, name: str) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and model.get_parameter(name) is output.weight
+
+
+def _tied_to_embeddings(model) -> list[str]:
+    """Names of decoder weights that transformers ties to the word embeddings, also before tying (meta device)."""
+    output = model.get_output_embeddings()
+    if output is None or not getattr(model.config, "tie_word_embeddings", False):
+        return []
+    return [f"{name}.weight" for name, module in model.named_modules() if module is output]
+
+
+# Step 3: swap
+
+
+def _record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
+    relative = {name: base_relative(model, name) for name in targets}
+    config.converted = [short for short in relative.values() if short is not None]
+    config.converted_head = [name for name, short in relative.items() if short is None]
+    config.not_converted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in targets
+    ]
+    config.state = "latent"
+
+
+def _untie(model) -> None:
+    output = model.get_output_embeddings()
+    if output is not None and getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+        if not output.weight.is_meta:
+            output.weight = nn.Parameter(output.weight.detach().clone())
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _cast_float(model: nn.Module, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` that leaves integers alone and is not refused for quantized models."""
+    nn.Module.to(model, dtype)
+    model.config.dtype = dtype
+
+
+def _names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
+    """Full names, in this model, of the modules a config calls converted; a model without the head has none of it."""
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    names = [prefix + name for name in config.converted]
+    modules = dict(model.named_modules())
+    names += [name for name in config.converted_head if name in modules]
+    if not names:
+        raise ValueError(
+            "the rebnn config names no converted module; the checkpoint's config.json was damaged."
+        )
+    for name in names:
+        if name not in modules:
+            raise ValueError(
+                f"the checkpoint's config calls {name!r} a 1-bit module, but {type(model).__name__} has none of that "
+                "name; config and architecture do not belong together."
+            )
+        if type(modules[name]) not in LATENT_OF:
+            raise ValueError(
+                f"the checkpoint's config calls {name!r} a 1-bit module, but in {type(model).__name__} it is a "
+                f"{type(modules[name]).__name__}."
+            )
+    return names

@@ -1,0 +1,260 @@
+"""The balance rule in an optimizer step: snapshot, reconstruction gradient, flips, balance, oscillation statistics.
+
+It lives in step hooks of the optimizer, not in a custom backward, because there the task gradients are final:
+accumulated over micro-batches, reduced over processes, unscaled by a gradient scaler (which also skips the hooks when
+it skips a step). The reconstruction term therefore enters exactly once per step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .functional import (
+    BalanceRule,
+    balance,
+    decoupled_share,
+    largest_gradient,
+    reconstruction_gradients,
+    reconstruction_loss,
+)
+from .layers import LATENT_TYPES
+
+_attached: weakref.WeakSet = weakref.WeakSet()
+
+NEAR_ZERO = 0.1
+"""A latent weight is near its flipping point where |w| < 0.1 alpha."""
+
+
+@dataclass
+class _Layer:
+    """A latent layer under the rule, with what one step must remember for the next."""
+
+    module: nn.Module
+    signs: Tensor | None = None
+    largest_grad: Tensor | None = None
+    flipped: Tensor | None = None
+    window: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def count(self, name: str, amount: Tensor | float) -> None:
+        self.window[name] = self.window.get(name, 0) + amount
+
+
+class Resilience:
+    """Handle of the rule attached to one optimizer. Made by `attach`.
+
+    Attributes:
+        rule: the balance rule in force.
+        layers: names of the layers it holds.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: dict[str, _Layer], rule: BalanceRule):
+        self.rule = rule
+        self._layers = layers
+        self._optimizer = weakref.ref(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached.add(optimizer)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers under the rule."""
+        return list(self._layers)
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer; the balance stays in the layers."""
+        for handle in self._handles:
+            handle.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _attached.discard(optimizer)
+
+    @torch.no_grad()
+    def reconstruction_loss(self) -> float:
+        """Value of L_R, summed over layers (A1), with the present weights, scales and balance."""
+        total = 0.0
+        for layer in self._layers.values():
+            module = layer.module
+            centered = module.centered()
+            signs = torch.where(centered >= 0, 1.0, -1.0).to(centered.dtype)
+            total += reconstruction_loss(centered, signs, module.scale(), module.balance).item()
+        return total
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Oscillation statistics of each layer since the last call (A9).
+
+        Returns:
+            For each layer name: `flip_ratio`, share of weights whose sign changed, mean per step; `flip_back_ratio`,
+            share that changed in a step and back in the next, mean per step; `scale_to_mean_abs`, mean over rows
+            of alpha / mean|w|; `near_zero_share`, share of |w| < 0.1 alpha; `balance_mean` and `balance_max`
+            over rows. Empty before the first step.
+        """
+        report = {}
+        for name, layer in self._layers.items():
+            if not layer.window:
+                continue
+            module, window = layer.module, layer.window
+            magnitude, scale = module.centered().abs(), module.scale().unsqueeze(-1)
+            weights = window["steps"] * magnitude.numel()
+            report[name] = {
+                "flip_ratio": float(window["flips"]) / weights,
+                "flip_back_ratio": float(window["flip_backs"]) / weights,
+                "scale_to_mean_abs": (scale.squeeze(-1) / magnitude.mean(-1).clamp_min(1e-12)).mean().item(),
+                "near_zero_share": (magnitude < NEAR_ZERO * scale).float().mean().item(),
+                "balance_mean": module.balance.mean().item(),
+                "balance_max": module.balance.max().item(),
+            }
+            layer.window = {}
+        return report
+
+    @torch.no_grad()
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        _refuse_hidden_gradients(optimizer, args, kwargs)
+        for layer in self._layers.values():
+            module = layer.module
+            grad = module.weight.grad
+            if (
+                grad is None
+            ):  # not part of this step: the optimizer leaves the weight alone, and so does the rule
+                continue
+            centered, scale = module.centered(), module.scale()
+            layer.signs = centered >= 0
+            layer.largest_grad = largest_gradient(grad, scale, module.rule)
+            if self.rule.form == "gradient":
+                if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
+                    module.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
+                self._add_reconstruction(module, centered, layer.signs, scale)
+
+    def _add_reconstruction(self, module, centered: Tensor, signs: Tensor, scale: Tensor) -> None:
+        """Add the gradients of L_R (A2) to those of the task."""
+        by_weight, by_scale = reconstruction_gradients(centered, signs, scale, module.balance)
+        module.weight.grad.add_(_through_centering(by_weight, module.rule))
+        if module.weight_scale is not None and module.weight_scale.grad is not None:
+            module.weight_scale.grad.addcmul_(by_scale, torch.sign(module.weight_scale))  # the layer uses |a|
+
+    @torch.no_grad()
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        paces = _paces(optimizer) if self.rule.form == "decoupled" else {}
+        for layer in self._layers.values():
+            if layer.signs is None:
+                continue
+            module = layer.module
+            flipped = module.signs() != layer.signs
+            flips = flipped.sum(-1)
+            layer.count("steps", 1)
+            layer.count("flips", flips.sum())
+            layer.count("flip_backs", 0 if layer.flipped is None else (flipped & layer.flipped).sum())
+            share = flips / module.weight.shape[-1]
+            share = share.to(module.balance.dtype)
+            if self.rule.form == "decoupled":
+                module.balance.copy_(decoupled_share(share, self.rule))
+                self._pull(module, paces[id(module.weight)])
+            else:
+                module.balance.copy_(balance(share, layer.largest_grad, self.rule))
+            layer.flipped, layer.signs, layer.largest_grad = flipped, None, None
+
+    def _pull(self, module, pace: float) -> None:
+        """Decoupled form: move the weight toward alpha b by the normalised balance (see `decoupled_share`)."""
+        centered = module.centered()
+        rate = (self.rule.strength * pace * module.balance).clamp_(max=1.0)
+        by_weight, _ = reconstruction_gradients(centered, centered >= 0, module.scale(), rate)
+        module.weight.sub_(by_weight)
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule | None = None) -> Resilience:
+    """Hold the latent weights of a model by the balance rule in every step of an optimizer (A3, A4).
+
+    In each step: the task gradient is final; m_i = max_j |G_ij| and the signs are recorded; the gradient of the
+    reconstruction loss with the current balance is added; the optimizer steps; flips are counted and the balance of
+    the next step is set. Works with any torch optimizer, loop, gradient accumulation, `clip_grad_norm_`, DDP and
+    `GradScaler` (whose skipped steps leave balance and signs alone).
+
+    Args:
+        optimizer: a torch optimizer (or accelerate's wrapper of one) that holds the latent weights.
+        model: holds layers made by `binarize`; frozen ones are left alone.
+        rule: default the paper's.
+
+    Returns:
+        The handle: `statistics()`, `reconstruction_loss()`, `detach()`.
+
+    Raises:
+        ValueError: no latent layer, a latent weight that the optimizer does not hold, sharded weights, or a rule that
+            is already attached to this optimizer.
+
+    Example:
+        >>> resilience = attach(optimizer, model)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+    optimizer = getattr(
+        optimizer, "optimizer", optimizer
+    )  # accelerate's wrapper skips steps around the inner one
+    if optimizer in _attached:
+        raise ValueError(
+            "a balance rule is already attached to this optimizer; call detach() on its handle first."
+        )
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "nn.DataParallel is not supported; use DistributedDataParallel (accelerate or torchrun)."
+        )
+    latent = {_plain_name(n): m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
+    latent = {name: module for name, module in latent.items() if module.weight.requires_grad}
+    if not latent:
+        raise ValueError("the model has no trainable latent layer; call rebnn_hf.binarize(model) first.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, module in latent.items() if id(module.weight) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {len(missing)} of {len(latent)} latent weights (first: {missing[0]}); "
+            "build it after binarize(), from model.parameters(), or freeze what should not train. "
+            "Sharded weights (FSDP, ZeRO) are not supported; use DDP."
+        )
+    sharded = [name for name, module in latent.items() if hasattr(module.weight, "placements")]
+    if sharded:
+        raise ValueError(
+            f"the weight of {sharded[0]} is sharded, and flips are counted per row; use DDP, not FSDP."
+        )
+    layers = {name: _Layer(module) for name, module in latent.items()}
+    return Resilience(optimizer, layers, rule or BalanceRule())
+
+
+def _through_centering(grad: Tensor, rule) -> Tensor:
+    """Gradient of the centered weights -> gradient of the weights: P = I - 11^T/M where centering has a Jacobian."""
+    if rule.center == "none" or not rule.center_gradient:
+        return grad
+    return grad - (grad.mean(-1, keepdim=True) if rule.center == "row" else grad.mean())
+
+
+def _paces(optimizer) -> dict[int, float]:
+    """Learning rate of each parameter relative to its initial one, which schedulers note in the group."""
+    return {
+        id(parameter): float(group["lr"]) / (float(group.get("initial_lr", group["lr"])) or 1.0)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _refuse_hidden_gradients(optimizer, args, kwargs) -> None:
+    """Closures compute gradients, and fused optimizers unscale them, inside step(): out of the hooks' sight."""
+    if kwargs.get("closure") is not None or (args and args[-1] is not None and callable(args[-1])):
+        raise ValueError(
+            "step(closure) computes gradients after the balance rule has run; call step() without one."
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise ValueError(
+            "a fused optimizer unscales fp16 gradients inside step(); use fused=False (Trainer: optim='adamw_torch') "
+            "or bf16."
+        )
+
+
+def _plain_name(name: str) -> str:
+    """Module name without the wrappers of DDP and torch.compile."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
