@@ -128,15 +128,14 @@ class ReBNNConfig(QuantizationConfigMixin):
             ValueError: the file was written by a newer version, or a field is unknown.
         """
         version = config_dict.get("format_version", FORMAT_VERSION)
-        if (
-            not isinstance(version, int) or version > FORMAT_VERSION
-        ):  # before its new fields look like mistakes
+        if not isinstance(version, int) or version > FORMAT_VERSION:  # before its new fields look like mistakes
             cls(format_version=version)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(config_dict) - known)
         if unknown:
             raise ValueError(
-                f"unknown fields in the rebnn config: {', '.join(unknown)}; expected some of {', '.join(sorted(known))}."
+                f"unknown fields in the rebnn config: {', '.join(unknown)}; "
+                f"expected some of {', '.join(sorted(known))}."
             )
         chosen = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         config = cls(**{**config_dict, **chosen})

@@ -22,9 +22,7 @@ def _check_choices(rule) -> None:
     for field in fields(rule):
         choices, value = get_args(hints[field.name]), getattr(rule, field.name)
         if choices and isinstance(choices[0], str) and value not in choices:
-            raise ValueError(
-                f"{field.name}={value!r} is unknown; expected one of {', '.join(map(repr, choices))}."
-            )
+            raise ValueError(f"{field.name}={value!r} is unknown; expected one of {', '.join(map(repr, choices))}.")
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,7 @@ def center(weight: Tensor, rule: WeightRule, table: Tensor | None = None) -> Ten
     """
     if rule.center == "none":
         return weight
-    mean = (
-        weight.mean(-1, keepdim=True) if rule.center == "row" else (weight if table is None else table).mean()
-    )
+    mean = weight.mean(-1, keepdim=True) if rule.center == "row" else (weight if table is None else table).mean()
     return weight - (mean if rule.center_gradient else mean.detach())
 
 
@@ -211,9 +207,7 @@ def binarize_rows(
     """
     if rule.scale == "learned":
         if learned_scale is None:
-            raise ValueError(
-                "rule.scale='learned' needs learned_scale, got None; pass the layer's weight_scale."
-            )
+            raise ValueError("rule.scale='learned' needs learned_scale, got None; pass the layer's weight_scale.")
         scale = learned_scale.abs()
     else:
         statistics = weight if table is None or rule.granularity == "row" else table
@@ -303,9 +297,7 @@ def reconstruction_loss(weight: Tensor, signs: Tensor, scale: Tensor, gamma: Ten
     return 0.5 * (gamma.detach() * residual.square().sum(-1)).sum()
 
 
-def reconstruction_gradients(
-    weight: Tensor, signs: Tensor, scale: Tensor, gamma: Tensor
-) -> tuple[Tensor, Tensor]:
+def reconstruction_gradients(weight: Tensor, signs: Tensor, scale: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `reconstruction_loss` (A2): `gamma_i (w_i - alpha_i b_i)` and `-gamma_i (||w_i||_1 - M alpha_i)`.
 
     Args:
@@ -321,6 +313,6 @@ def reconstruction_gradients(
     target = torch.where(signs, column, -column) if signs.dtype == torch.bool else column * signs
     norm = torch.linalg.vector_norm(weight, 1, dim=-1)
     by_scale = -gamma * (norm - weight.shape[-1] * scale)
-    return (weight - target).mul_(gamma.unsqueeze(-1)), by_scale if scale.numel() == len(
-        gamma
-    ) else by_scale.sum(0, True)
+    return (weight - target).mul_(gamma.unsqueeze(-1)), by_scale if scale.numel() == len(gamma) else by_scale.sum(
+        0, True
+    )

@@ -71,9 +71,7 @@ class _Packed:
     def _init_bits(self, rows: int, width: int, device=None, dtype=None) -> None:
         del self.weight
         # Garbage until loaded or packed into, like every module built for loading.
-        self.register_buffer(
-            "weight", torch.empty(rows, packed_width(width), dtype=torch.uint8, device=device)
-        )
+        self.register_buffer("weight", torch.empty(rows, packed_width(width), dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.empty(rows, device=device, dtype=dtype))
 
     @torch.no_grad()
@@ -85,9 +83,7 @@ class _Packed:
     @torch.no_grad()
     def binary_weight(self) -> Tensor:
         """Float binary weights `W_hat = alpha * b`, [rows, M]: a copy, for export and inspection."""
-        return unpack_signs(self.weight, self.width, self.weight_scale.dtype) * self.weight_scale.unsqueeze(
-            -1
-        )
+        return unpack_signs(self.weight, self.width, self.weight_scale.dtype) * self.weight_scale.unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, 1-bit packed"
@@ -120,9 +116,7 @@ class BinaryLinear(_Latent, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`alpha * (x b^T) + bias`: [..., M] -> [..., O]."""
-        signs, scale = binarize_rows(
-            self.weight, self.weight_scale, self.rule, dtype=_compute_dtype(x, self.weight)
-        )
+        signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule, dtype=_compute_dtype(x, self.weight))
         return _scale_and_shift(F.linear(x, signs), scale, self.bias)
 
     def pack(self) -> PackedLinear:
@@ -163,9 +157,7 @@ class BinaryEmbedding(_Latent, nn.Embedding):
     @classmethod
     def from_float(cls, embedding: nn.Embedding, rule: WeightRule) -> BinaryEmbedding:
         """Take over the weight of a float embedding (the very same parameter, no copy)."""
-        latent = cls(
-            embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, rule, device="meta"
-        )
+        latent = cls(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, rule, device="meta")
         return _take_over(latent, embedding)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -210,9 +202,7 @@ class PackedLinear(_Packed, nn.Linear):
     def like(cls, linear: nn.Linear) -> PackedLinear:
         """Empty packed layer of the shape, device and dtype of `linear`, for a checkpoint to fill."""
         weight = linear.weight
-        return cls(
-            linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype
-        )
+        return cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""

@@ -72,18 +72,12 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     """
     _require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(
-            f"dtype={dtype} is not floating point; use torch.float32, torch.float16 or torch.bfloat16."
-        )
+        raise TypeError(f"dtype={dtype} is not floating point; use torch.float32, torch.float16 or torch.bfloat16.")
     config = saved_config(model)
     if config is None:
-        raise ValueError(
-            "pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it."
-        )
+        raise ValueError("pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it.")
     latent = {name: m for name, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
-    broken = [
-        name for name, m in latent.items() if not (m.scale().isfinite().all() and m.weight.isfinite().all())
-    ]
+    broken = [name for name, m in latent.items() if not (m.scale().isfinite().all() and m.weight.isfinite().all())]
     if broken:
         raise ValueError(
             f"{len(broken)} layers hold NaN or infinity (first: {broken[0]}); training diverged, "
@@ -177,8 +171,8 @@ def _select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]
     if not targets:
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block of "
-            f"the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer at all'}. "
+            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block "
+            f"of the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer'}. "
             f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
         )
     return targets
@@ -276,8 +270,8 @@ def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on
     for name, module in targets.items():
         if type(module) not in LATENT_OF:
             raise ValueError(
-                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or nn.Embedding: "
-                f"binarize the float model, or add {name!r} to modules_to_not_convert."
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or "
+                f"nn.Embedding: binarize the float model, or add {name!r} to modules_to_not_convert."
             )
         if not module.weight.is_floating_point():
             raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
@@ -286,9 +280,7 @@ def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on
         if not module.weight.numel():
             raise ValueError(f"{name}.weight is empty ({tuple(module.weight.shape)}).")
         if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
-            raise ValueError(
-                f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support."
-            )
+            raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
     _check_unshared(model, targets, config)
 
 
@@ -311,9 +303,7 @@ def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -
                 if isinstance(module, nn.Embedding)
                 else f"add {name!r} to modules_to_not_convert"
             )
-            raise ValueError(
-                f"{name}.weight is shared with {', '.join(others)}, and bits cannot be tied: {remedy}."
-            )
+            raise ValueError(f"{name}.weight is shared with {', '.join(others)}, and bits cannot be tied: {remedy}.")
 
 
 def _is_output_weight(model, name: str) -> bool:
@@ -370,9 +360,7 @@ def _names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
     modules = dict(model.named_modules())
     names += [name for name in config.converted_head if name in modules]
     if not names:
-        raise ValueError(
-            "the rebnn config names no converted module; the checkpoint's config.json was damaged."
-        )
+        raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")
     for name in names:
         if name not in modules:
             raise ValueError(

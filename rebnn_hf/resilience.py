@@ -90,10 +90,10 @@ class Resilience:
         """Oscillation statistics of each layer since the last call (A9).
 
         Returns:
-            For each layer name: `flip_ratio`, share of weights whose sign changed, mean per step; `flip_back_ratio`,
-            share that changed in a step and back in the next, mean per step; `scale_to_mean_abs`, mean over rows
-            of alpha / mean|w|; `near_zero_share`, share of |w| < 0.1 alpha; `balance_mean` and `balance_max`
-            over rows. Empty before the first step.
+            For each layer name: `weights`, their number; `flip_ratio`, share of weights whose sign changed, mean per
+            step; `flip_back_ratio`, share that changed in a step and back in the next, mean per step;
+            `scale_to_mean_abs`, mean over rows of alpha / mean|w|; `near_zero_share`, share of |w| < 0.1 alpha;
+            `balance_mean` and `balance_max`, over rows. Empty before the first step.
         """
         report = {}
         for name, layer in self._layers.items():
@@ -103,6 +103,7 @@ class Resilience:
             magnitude, scale = module.centered().abs(), module.scale().unsqueeze(-1)
             weights = window["steps"] * magnitude.numel()
             report[name] = {
+                "weights": magnitude.numel(),
                 "flip_ratio": float(window["flips"]) / weights,
                 "flip_back_ratio": float(window["flip_backs"]) / weights,
                 "scale_to_mean_abs": (scale.squeeze(-1) / magnitude.mean(-1).clamp_min(1e-12)).mean().item(),
@@ -119,9 +120,7 @@ class Resilience:
         for layer in self._layers.values():
             module = layer.module
             grad = module.weight.grad
-            if (
-                grad is None
-            ):  # not part of this step: the optimizer leaves the weight alone, and so does the rule
+            if grad is None:  # not part of this step: the optimizer leaves the weight alone, and so does the rule
                 continue
             centered, scale = module.centered(), module.scale()
             layer.signs = centered >= 0
@@ -194,17 +193,11 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         ...     optimizer.step()
         ...     optimizer.zero_grad()
     """
-    optimizer = getattr(
-        optimizer, "optimizer", optimizer
-    )  # accelerate's wrapper skips steps around the inner one
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper skips steps around the inner one
     if optimizer in _attached:
-        raise ValueError(
-            "a balance rule is already attached to this optimizer; call detach() on its handle first."
-        )
+        raise ValueError("a balance rule is already attached to this optimizer; call detach() on its handle first.")
     if isinstance(model, nn.DataParallel):
-        raise ValueError(
-            "nn.DataParallel is not supported; use DistributedDataParallel (accelerate or torchrun)."
-        )
+        raise ValueError("nn.DataParallel is not supported; use DistributedDataParallel (accelerate or torchrun).")
     latent = {_plain_name(n): m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
     latent = {name: module for name, module in latent.items() if module.weight.requires_grad}
     if not latent:
@@ -219,11 +212,18 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         )
     sharded = [name for name, module in latent.items() if hasattr(module.weight, "placements")]
     if sharded:
-        raise ValueError(
-            f"the weight of {sharded[0]} is sharded, and flips are counted per row; use DDP, not FSDP."
-        )
+        raise ValueError(f"the weight of {sharded[0]} is sharded, and flips are counted per row; use DDP, not FSDP.")
     layers = {name: _Layer(module) for name, module in latent.items()}
     return Resilience(optimizer, layers, rule or BalanceRule())
+
+
+def overall(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Statistics of all layers as one: means weighted by the number of weights, the largest of `balance_max`."""
+    layers = list(statistics.values())
+    weights = sum(layer["weights"] for layer in layers)
+    names = [name for name in (layers[0] if layers else {}) if name not in ("weights", "balance_max")]
+    means = {name: sum(layer[name] * layer["weights"] for layer in layers) / weights for name in names}
+    return means | ({"balance_max": max(layer["balance_max"] for layer in layers)} if layers else {})
 
 
 def _through_centering(grad: Tensor, rule) -> Tensor:
@@ -245,9 +245,7 @@ def _paces(optimizer) -> dict[int, float]:
 def _refuse_hidden_gradients(optimizer, args, kwargs) -> None:
     """Closures compute gradients, and fused optimizers unscale them, inside step(): out of the hooks' sight."""
     if kwargs.get("closure") is not None or (args and args[-1] is not None and callable(args[-1])):
-        raise ValueError(
-            "step(closure) computes gradients after the balance rule has run; call step() without one."
-        )
+        raise ValueError("step(closure) computes gradients after the balance rule has run; call step() without one.")
     if getattr(optimizer, "grad_scale", None) is not None:
         raise ValueError(
             "a fused optimizer unscales fp16 gradients inside step(); use fused=False (Trainer: optim='adamw_torch') "

@@ -84,9 +84,7 @@ def _check_bits(name: str, module: torch.nn.Module) -> None:
     if module.weight.dtype != torch.uint8:
         raise ValueError(f"{name}.weight is {module.weight.dtype} in the checkpoint; packed bits are uint8.")
     if not has_clean_padding(module.weight, module.width):
-        raise ValueError(
-            f"{name}.weight has spare bits set; the checkpoint was damaged or written by something else."
-        )
+        raise ValueError(f"{name}.weight has spare bits set; the checkpoint was damaged or written by something else.")
     scale = module.weight_scale
     if not scale.is_floating_point() or not scale.isfinite().all() or (scale < 0).any():
         raise ValueError(f"{name}.weight_scale must be finite and >= 0; the checkpoint was damaged.")

@@ -1,0 +1,314 @@
+"""ReBNNTrainer: the transformers Trainer with a float teacher and the balance rule in its optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from . import distillation
+from .layers import LATENT_TYPES, PACKED_TYPES
+from .patching import saved_config
+from .resilience import Resilience, attach, overall
+
+LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
+HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
+
+_PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
+_PROJECTIONS += (("query_proj", "key_proj", "value_proj"), ("q_proj", "k_proj", "v_proj"))
+"""What transformers' attention modules call their query, key and value projections."""
+
+
+@dataclass
+class ReBNNTrainingArguments(TrainingArguments):
+    """Arguments of `ReBNNTrainer`: those of transformers, and the loss weights and learning rates of binarization.
+
+    Total loss: `label_weight * L_labels + logits_weight * L_logits + hidden_weight * L_hidden + relation_weight *
+    L_relations`; the parts with a teacher need one. The reconstruction loss is not a part: the balance rule adds its
+    gradient once per optimizer step.
+    """
+
+    label_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the task's own loss; default 0 with a teacher and 1 without."}
+    )
+    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the teacher's logits."})
+    logits_loss: str = field(
+        default="kl",
+        metadata={"help": "Loss on the logits; a regression (one logit) always uses mse.", "choices": LOGITS_LOSSES},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of kl and soft_cross_entropy."})
+    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
+    hidden_loss: str = field(
+        default="relative_mse", metadata={"help": "Loss on the hidden states of each layer.", "choices": HIDDEN_LOSSES}
+    )
+    relation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the direction-matching loss on query, key and value relations."}
+    )
+    latent_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of latent weights; default learning_rate."}
+    )
+    scale_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of learned scales; default learning_rate."}
+    )
+    latent_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of latent weights: it pulls toward the flipping point."}
+    )
+    log_oscillation: str = field(
+        default="total",
+        metadata={
+            "help": "Log oscillation statistics over all layers, or of each layer.",
+            "choices": ("total", "layer"),
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (
+            ("logits_loss", LOGITS_LOSSES),
+            ("hidden_loss", HIDDEN_LOSSES),
+            ("log_oscillation", ("total", "layer")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}.")
+        for name in ("label_weight", "logits_weight", "hidden_weight", "relation_weight"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; loss weights are >= 0.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0.")
+        if self.fp16 and "fused" in str(self.optim):
+            raise ValueError(
+                "fp16 with a fused optimizer hides gradients from the balance rule; set optim='adamw_torch'."
+            )
+
+
+class ReBNNTrainer(Trainer):
+    """Trainer for models made by `rebnn_hf.binarize`.
+
+    Args:
+        model: latent (or packed, with adapters).
+        args: default `ReBNNTrainingArguments()`.
+        teacher: a float model, or the path or Hub name of one of the student's class; it is put into eval mode, frozen,
+            placed like the student, and never saved. Without one, only the task's labels train.
+        **kwargs: as for `transformers.Trainer`.
+
+    Attributes:
+        resilience: handle of the balance rule, once the optimizer exists (None before).
+
+    Raises:
+        ValueError: a model without 1-bit layers, nothing to train on, or a teacher that is the student.
+
+    Example:
+        >>> trainer = ReBNNTrainer(model=rebnn_hf.binarize(model), teacher=teacher, args=args, train_dataset=data)
+        >>> trainer.train()
+    """
+
+    args: ReBNNTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: ReBNNTrainingArguments | None = None,
+        teacher: PreTrainedModel | str | Path | None = None,
+        **kwargs,
+    ):
+        args = args or ReBNNTrainingArguments()
+        _check_arguments(args, teacher)
+        super().__init__(model=model, args=args, **kwargs)
+        # transformers takes BERT's **kwargs for a loss normalised over the global batch, which it is not: loss and
+        # gradients would grow with accumulation steps and processes (transformers issue 47688).
+        self.model_accepts_loss_kwargs = False
+        self.resilience: Resilience | None = None
+        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_count = 0
+        if not any(isinstance(m, LATENT_TYPES + PACKED_TYPES) for m in self.model.modules()):
+            raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Optimizer with parameter groups for latent weights, scales and the rest, under the balance rule."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.resilience is None and any(True for _ in _latent_parameters(self.model)):
+            if not given:
+                self._regroup(optimizer)
+            self.resilience = attach(optimizer, self.model, saved_config(self.model).balance())
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Distillation loss in training; in evaluation the task's own loss."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        parts, outputs = self._loss_parts(model, inputs, num_items_in_batch)
+        for name, loss in parts.items():
+            self._loss_sums[name] = self._loss_sums.get(name, 0) + loss.detach()
+        self._loss_count += 1
+        loss = sum(weight * parts[name] for name, weight in self._weights().items())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to each training log the parts of the loss, the reconstruction loss and the oscillation statistics."""
+        if "loss" in logs:
+            logs = {**logs, **self._mean_losses(), **self._oscillation()}
+        super().log(logs, start_time)
+
+    def _weights(self) -> dict[str, float]:
+        """Weights of the losses in use."""
+        args = self.args
+        label_weight = args.label_weight
+        if label_weight is None:
+            label_weight = 1.0 if self.teacher is None else 0.0
+        weights = {"labels": label_weight}
+        if self.teacher is not None:
+            weights |= {
+                "logits": args.logits_weight,
+                "hidden": args.hidden_weight,
+                "relations": args.relation_weight,
+            }
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _loss_parts(self, model, inputs, num_items_in_batch) -> tuple[dict[str, Tensor], object]:
+        weights = self._weights()
+        relations = "relations" in weights
+        if "hidden" in weights:
+            inputs = {**inputs, "output_hidden_states": True}
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
+        parts = {}
+        with _captured_projections(self.model, relations) as student_projections:
+            if "labels" in weights:
+                parts["labels"], outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            else:
+                outputs = model(**unlabelled)
+        if self.teacher is None:
+            return parts, outputs
+        with torch.no_grad(), _captured_projections(self.teacher, relations) as teacher_projections:
+            target = self.teacher(**unlabelled)
+        mask = inputs.get("attention_mask")
+        if "logits" in weights:
+            parts["logits"] = self._logits_loss(outputs.logits, target.logits, mask)
+        if "hidden" in weights:
+            parts["hidden"] = distillation.hidden_loss(
+                self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
+            )
+        if relations:
+            parts["relations"] = _relations_loss(student_projections, teacher_projections, self.model, mask)
+        return parts, outputs
+
+    def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and student.ndim == 3 and student.shape[:2] == mask.shape:  # one prediction per token
+            student, teacher = student[mask.bool()], teacher[mask.bool()]
+        if self.args.logits_loss == "mse" or student.shape[-1] == 1:
+            return distillation.logits_mse(student, teacher)
+        loss = distillation.kl_divergence if self.args.logits_loss == "kl" else distillation.soft_cross_entropy
+        return loss(student, teacher, self.args.temperature)
+
+    def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
+        if isinstance(teacher, str | Path):
+            teacher = type(self.model).from_pretrained(teacher)
+        if teacher is self.model:
+            raise ValueError("the teacher is the student itself; pass a float copy made before binarize().")
+        teacher = teacher.requires_grad_(False).eval()
+        return self.accelerator.prepare_model(teacher.to(self.args.device), evaluation_mode=True)
+
+    def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move latent weights and scales out of the groups that transformers made into groups of their own."""
+        args = self.args
+        latent = list(_latent_parameters(self.model))
+        scales = [
+            m.weight_scale
+            for m in self.model.modules()
+            if isinstance(m, LATENT_TYPES) and m.weight_scale is not None and m.weight_scale.requires_grad
+        ]
+        special = {id(p) for p in latent + scales}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in special]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        for params, rate, decay in (
+            (latent, args.latent_learning_rate, args.latent_weight_decay),
+            (scales, args.scale_learning_rate, 0.0),
+        ):
+            if params:
+                rate = args.learning_rate if rate is None else rate
+                optimizer.add_param_group({"params": params, "lr": rate, "weight_decay": decay})
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Mean of each part since the last log, over all processes."""
+        means = {
+            f"loss_{name}": self.accelerator.reduce(total / self._loss_count, "mean").item()
+            for name, total in self._loss_sums.items()
+        }
+        self._loss_sums, self._loss_count = {}, 0
+        return means
+
+    def _oscillation(self) -> dict[str, float]:
+        if self.resilience is None:
+            return {}
+        layers = self.resilience.statistics()
+        logs = {"loss_reconstruction": self.resilience.reconstruction_loss(), **overall(layers)}
+        if self.args.log_oscillation == "layer":
+            for name, statistics in layers.items():
+                logs |= {f"{what}/{name}": value for what, value in statistics.items() if what != "weights"}
+        return logs
+
+
+def _check_arguments(args: TrainingArguments, teacher) -> None:
+    if not isinstance(args, ReBNNTrainingArguments):
+        raise TypeError(f"args must be ReBNNTrainingArguments, got {type(args).__name__}.")
+    if teacher is None and args.label_weight == 0:
+        raise ValueError("nothing to train on: label_weight=0 and no teacher; pass a teacher or a label_weight.")
+    if teacher is not None and not any(
+        (args.label_weight, args.logits_weight, args.hidden_weight, args.relation_weight)
+    ):
+        raise ValueError("nothing to train on: every loss weight is 0.")
+    if args.relation_weight and args.torch_compile:
+        raise ValueError(
+            "relation_weight watches modules inside the model, which torch_compile hides; use one of them."
+        )
+
+
+def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, LATENT_TYPES) and module.weight.requires_grad:
+            yield module.weight
+
+
+@contextmanager
+def _captured_projections(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Outputs of all query, key and value projections of one forward pass, in the order of the layers."""
+    captured: list[Tensor] = []
+    modules = _projections(model) if wanted else []
+    handles = [m.register_forward_hook(lambda _m, _args, output: captured.append(output)) for m in modules]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _projections(model: nn.Module) -> list[nn.Module]:
+    found = []
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in _PROJECTIONS:
+            if all(isinstance(children.get(name), nn.Linear) for name in names):
+                found += [children[name] for name in names]
+    if not found:
+        raise ValueError(
+            f"relation_weight > 0 needs separate query, key and value projections; {type(model).__name__} has none. "
+            "BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, DeBERTa and ViT have them. Set relation_weight=0."
+        )
+    return found
+
+
+def _relations_loss(student: list[Tensor], teacher: list[Tensor], model, mask: Tensor | None) -> Tensor:
+    """Direction-matching distances (BiBERT B4) summed over layers and over Q, K and V."""
+    heads = model.config.num_attention_heads
+    layers = distillation.uniform_layer_map(len(student) // 3, len(teacher) // 3)[1:]
+    matched = [teacher[3 * (layer - 1) + which] for layer in layers for which in range(3)]
+    return sum(
+        distillation.relation_loss(mine, theirs, heads, mask) for mine, theirs in zip(student, matched, strict=True)
+    )
