@@ -1,5 +1,7 @@
 """The balance rule in optimizer steps: trajectories, equality with the explicit loss, accumulation, AMP, clipping."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -152,19 +154,21 @@ def test_micro_batches_equal_one_batch():
     """Four micro-batches of loss/4 give the weights, balance and m of the whole batch (oracle A8)."""
     x = torch.randn(8, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
     whole, split = layer(), layer()
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.02)
-    accumulated = torch.optim.AdamW(split.parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.05)
+    accumulated = torch.optim.AdamW(split.parameters(), lr=0.05)
     attach(optimizer, whole)
     attach(accumulated, split)
-    for _ in range(4):
+    largest = 0.0
+    for _ in range(6):
         step(optimizer, error_of(whole, x))
+        largest = max(largest, whole.balance.max().item())
         accumulated.zero_grad()
         for part in x.chunk(4):
             (error_of(split, part) / 4).backward()
         accumulated.step()
     torch.testing.assert_close(split.weight, whole.weight)
     torch.testing.assert_close(split.balance, whole.balance)
-    assert whole.balance.max() > 0
+    assert largest > 0  # some rows flipped on the way
 
 
 def test_largest_gradient_is_that_of_the_whole_batch():
@@ -268,7 +272,7 @@ def test_statistics_count_flips_and_flips_back():
     path = [[1.0, 1.0, 1.0, 0.05], [-1.0, 1.0, -1.0, 0.05], [1.0, 1.0, -1.0, 0.05], [1.0, -1.0, -1.0, 0.05]]
     with torch.no_grad():
         latent.weight.copy_(torch.tensor([path[0]]))
-    for here, there in zip(path, path[1:], strict=False):
+    for here, there in itertools.pairwise(path):
         latent.weight.grad = torch.tensor([here], dtype=DOUBLE) - torch.tensor([there], dtype=DOUBLE)
         optimizer.step()
     statistics = resilience.statistics()[""]
