@@ -31,7 +31,8 @@ class ReBNNConfig(QuantizationConfigMixin):
         head: binarize the linear layers of the task head.
         untie_embeddings: allow binarizing word embeddings that a masked-LM decoder shares: the decoder then gets a
             float copy of its own. Without it such a model is refused.
-        modules_to_not_convert: names, name endings or regular expressions of modules to leave float.
+        modules_to_not_convert: modules to leave float, with all they contain: names, whole parts of names
+            (`attention`, `layer.0`), or regular expressions for the start of a name.
         state: `latent` (trainable) or `packed` (bits); set by `binarize` and `pack`.
         converted: names of the 1-bit modules, relative to the base model; set by `binarize`.
         converted_head: names of the 1-bit modules outside the base model; set by `binarize`.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, mean_abs_scale
+from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, is_positive, mean_abs_scale
 from .packing import pack_signs, packed_width, unpack_signs
 
 
@@ -53,7 +53,7 @@ class _Latent:
     @torch.no_grad()
     def signs(self) -> Tensor:
         """Boolean [rows, M]: true where the binary weight is +1."""
-        return self.centered() >= 0
+        return is_positive(self.centered())
 
     @torch.no_grad()
     def binary_weight(self) -> Tensor:

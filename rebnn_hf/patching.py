@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import ReBNNConfig
-from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES
+from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
 
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
@@ -47,10 +47,11 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     targets = _select(model, config)
     _check_targets(model, targets, config)
     _record(model, config, targets)
-    if config.word_embeddings:
-        _untie(model)
+    if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
+        _own_config(model)
     for name, module in targets.items():
         _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+    untie_binary_embeddings(model)
     model.config.quantization_config = config
     return model
 
@@ -114,9 +115,13 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def saved_config(model: nn.Module) -> ReBNNConfig | None:
-    """The config a model was binarized with, or None for a float model."""
+    """The config a model was binarized with, or None for a float model.
+
+    The layers decide: a float model may share its config object with a binarized one.
+    """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config if isinstance(config, ReBNNConfig) else None
+    one_bit = any(isinstance(module, LATENT_TYPES + PACKED_TYPES) for module in model.modules())
+    return config if one_bit and isinstance(config, ReBNNConfig) else None
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -150,8 +155,21 @@ def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     targets = _select(model, config)
     _check_targets(model, targets, config, on_meta=True)
     _record(model, config, targets)
-    if config.word_embeddings:
-        _untie(model)
+
+
+def untie_binary_embeddings(model: PreTrainedModel) -> None:
+    """Where the word embeddings are binary, give each weight that transformers ties a float copy of its own.
+
+    While a float checkpoint loads, this waits until the tied weights have their values.
+    """
+    if not any(isinstance(module, BinaryEmbedding) for module in model.modules()):
+        return
+    for name in _tied(model):
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, nn.Parameter(getattr(owner, child).detach().clone()))
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def base_relative(model: PreTrainedModel, name: str) -> str | None:
@@ -222,6 +240,13 @@ def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
     """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names."""
     skipped = set()
     for pattern in config.modules_to_not_convert or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} is not a regular expression ({error}); "
+                "give a module's name, a part of it, or a valid expression."
+            ) from error
         matched = {n for n, _ in model.named_modules() if n and _matches(pattern, n, base_relative(model, n))}
         if not matched:
             raise ValueError(
@@ -233,11 +258,9 @@ def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
 
 
 def _matches(pattern: str, *names: str | None) -> bool:
-    """A pattern is the start (up to a dot) or the end of a name, or a regular expression for its start."""
+    """A pattern is a run of whole parts of a name (`attention`, `layer.0`), or a regular expression for its start."""
     return any(
-        re.match(rf"(?:{pattern})(?=\.|$)", name) or name == pattern or name.endswith(f".{pattern}")
-        for name in names
-        if name is not None
+        f".{pattern}." in f".{name}." or re.match(rf"(?:{pattern})(?=\.|$)", name) for name in names if name is not None
     )
 
 
@@ -285,38 +308,26 @@ def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on
 
 
 def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -> None:
-    uses: dict[int, list[str]] = {}
+    uses: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        uses.setdefault(id(parameter), []).append(name)
-    tied = _tied_to_embeddings(model)
+        uses.setdefault(id(parameter), set()).add(name)
+    tied = _tied(model)
     for name, module in targets.items():
-        others = [n for n in uses[id(module.weight)] if n != f"{name}.weight"]
-        others += [n for n in tied if isinstance(module, nn.Embedding) and n not in others]
-        if isinstance(module, nn.Embedding) and config.untie_embeddings:
-            others = [n for n in others if n not in tied and n != tied]
-            others = [n for n in others if not _is_output_weight(model, n)]
-        elif isinstance(module, nn.Linear) and f"{name}.weight" in tied:
-            others.append("the word embeddings")
+        own = f"{name}.weight"
+        partners = {target for target, source in tied.items() if source == own} | {tied.get(own, own)}
+        others = (uses[id(module.weight)] | partners) - {own}
+        remedy = f"add {name!r} to modules_to_not_convert"
+        if config.untie_embeddings:
+            others -= tied.keys()
+        elif isinstance(module, nn.Embedding):
+            remedy = "untie_embeddings=True gives the other a float copy of its own"
         if others:
-            remedy = (
-                "untie_embeddings=True gives the other a float copy of its own"
-                if isinstance(module, nn.Embedding)
-                else f"add {name!r} to modules_to_not_convert"
-            )
-            raise ValueError(f"{name}.weight is shared with {', '.join(others)}, and bits cannot be tied: {remedy}.")
+            raise ValueError(f"{own} is shared with {', '.join(sorted(others))}, and bits cannot be tied: {remedy}.")
 
 
-def _is_output_weight(model, name: str) -> bool:
-    output = model.get_output_embeddings()
-    return output is not None and model.get_parameter(name) is output.weight
-
-
-def _tied_to_embeddings(model) -> list[str]:
-    """Names of decoder weights that transformers ties to the word embeddings, also before tying (meta device)."""
-    output = model.get_output_embeddings()
-    if output is None or not getattr(model.config, "tie_word_embeddings", False):
-        return []
-    return [f"{name}.weight" for name, module in model.named_modules() if module is output]
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Weights that transformers ties, {copy: original}; on the meta device they are not one parameter yet."""
+    return model.all_tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else {}
 
 
 # Step 3: swap
@@ -334,12 +345,12 @@ def _record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
     config.state = "latent"
 
 
-def _untie(model) -> None:
-    output = model.get_output_embeddings()
-    if output is not None and getattr(model.config, "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False
-        if not output.weight.is_meta:
-            output.weight = nn.Parameter(output.weight.detach().clone())
+def _own_config(model: PreTrainedModel) -> None:
+    """Leave the config to the binarized model it was shared with, or copied from."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -347,17 +358,22 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _cast_float(model: nn.Module, dtype: torch.dtype) -> None:
-    """`model.to(dtype)` that leaves integers alone and is not refused for quantized models."""
-    nn.Module.to(model, dtype)
+def _cast_float(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is saved as float; buffers that are not saved (rotary frequencies) keep their type, as in a load."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype
 
 
 def _names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
-    """Full names, in this model, of the modules a config calls converted; a model without the head has none of it."""
+    """Full names, in this model, of the modules a config calls converted.
+
+    Another head class, or none, may lack the pooler and the head.
+    """
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    names = [prefix + name for name in config.converted]
     modules = dict(model.named_modules())
+    names = [prefix + name for name in config.converted if "pooler" not in name.split(".") or prefix + name in modules]
     names += [name for name in config.converted_head if name in modules]
     if not names:
         raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
-from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack
+from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
 
 
 @register_quantizer("rebnn")
@@ -30,8 +32,12 @@ class ReBNNQuantizer(HfQuantizer):
         """Both states are saved as plain tensors."""
         return True
 
+    def get_new_dtype(self, converter, param, dtype):
+        """Cast floats to the float type asked for; bits keep the type they are stored in, for the check to see."""
+        return super().get_new_dtype(converter, param, dtype) if dtype is None or dtype.is_floating_point else None
+
     def _process_model_before_weight_loading(self, model, **kwargs):
-        config = self.quantization_config
+        config = self.quantization_config = copy.deepcopy(self.quantization_config)  # a user may load two models by it
         if not self.pre_quantized:
             if config.state == "packed":
                 raise ValueError(
@@ -45,19 +51,22 @@ class ReBNNQuantizer(HfQuantizer):
                 r"\.balance$",
             }
         prepare_for_loading(model, config)
+        for module in model.modules():
+            if isinstance(module, PACKED_TYPES):
+                module._is_hf_initialized = True  # transformers must not draw bits that the file lacks
         model.config.quantization_config = config
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
             if isinstance(module, PACKED_TYPES):
-                _check_loaded(name, module, ("weight", "weight_scale"))
+                _check_loaded(name, module, ("weight", "weight_scale", "bias"))
                 _check_bits(name, module)
             elif isinstance(module, LATENT_TYPES) and self.pre_quantized:
-                scales = () if module.weight_scale is None else ("weight_scale",)
-                _check_loaded(name, module, ("weight", "balance", *scales))
+                _check_loaded(name, module, ("weight", "weight_scale", "bias", "balance"))
             elif isinstance(module, LATENT_TYPES):
-                _check_loaded(name, module, ("weight",))
                 module.reset_scale()
+        if not self.pre_quantized:
+            untie_binary_embeddings(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -72,7 +81,8 @@ class ReBNNQuantizer(HfQuantizer):
 
 def _check_loaded(name: str, module: torch.nn.Module, tensors: tuple[str, ...]) -> None:
     """transformers only reports a missing tensor and leaves uninitialised memory; here that is an error."""
-    missing = [t for t in tensors if not getattr(getattr(module, t), "_is_hf_initialized", False)]
+    owned = [t for t in tensors if getattr(module, t, None) is not None]
+    missing = [t for t in owned if not getattr(getattr(module, t), "_is_hf_initialized", False)]
     if missing:
         raise ValueError(
             f"the checkpoint lacks {', '.join(f'{name}.{t}' for t in missing)}: it was cut, or its config.json belongs "

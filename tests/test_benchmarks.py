@@ -1,0 +1,67 @@
+"""The benchmarks run, and their tables are consistent."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    """Module of a benchmark script."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_training(clock, capsys, keep_threads):
+    training = load("training")
+    table = training.main(["--shape", "tiny", "--steps", "3", "--warmup", "1", "--clock", clock])
+    steps = {(r["precision"], r["method"]): r for r in table if r["part"] == "step"}
+    assert list(steps) == [(p, m) for p in ("fp32", "bf16") for m in ("fine-tuning", "ReBNN")]
+    for (precision, method), step in steps.items():
+        baseline = steps[precision, "fine-tuning"]
+        assert step["ratio"] == pytest.approx(step["median"] / baseline["median"])
+        assert 0 < step["min"] <= step["q1"] <= step["median"] <= step["q3"]
+        parts = [r for r in table if (r["precision"], r["method"]) == (precision, method) and r["part"] != "step"]
+        expected = [p for p in training.PARTS if method == "ReBNN" or p not in training.REBNN_ONLY]
+        assert [r["part"] for r in parts] == expected
+        assert sum(r["share"] for r in parts) == pytest.approx(1)
+    assert all(steps[p, "fine-tuning"]["ratio"] == 1 for p in ("fp32", "bf16"))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(table)
+    assert printed[0].endswith(f"1 thread(s), 3 steps, {clock} time")
+    assert all(line.startswith("tiny") for line in printed[2:])
+
+
+def test_training_steps_move_the_models_and_the_balance(tmp_path):
+    training = load("training")
+    contender = training.distillation(training.SHAPES["tiny"], str(tmp_path), training.CLOCKS["cpu"])
+    model = contender.trainer.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        contender.step(training.SHAPES["tiny"].inputs(), None)
+    layers = contender.trainer.resilience.statistics()
+    assert layers
+    assert sum(layer["flip_ratio"] for layer in layers.values()) > 0
+    unmoved = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not unmoved
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--threads", "0"], ["--shape", "huge"]])
+def test_training_refuses(wrong, capsys):
+    with pytest.raises(SystemExit):
+        load("training").main(wrong)
