@@ -40,9 +40,7 @@ def tensor(values):
 
 
 def assert_equal(actual, expected, tolerance=1e-12):
-    torch.testing.assert_close(
-        actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 def numerical_gradient(loss, student, *args, step=1e-6):
@@ -177,9 +175,7 @@ def test_padding_changes_nothing(loss, dtype):
     assert (gradient[mask == 0] == 0).all() and gradient.any()
 
     def pad(x, fill):
-        return torch.cat(
-            [torch.full((B, 1, D), fill), x.detach(), torch.full((B, 4, D), fill)], dim=1
-        ).double()
+        return torch.cat([torch.full((B, 1, D), fill), x.detach(), torch.full((B, 4, D), fill)], dim=1).double()
 
     padded_mask = torch.cat([torch.zeros(B, 1), mask, torch.zeros(B, 4)], dim=1).to(dtype)
     for fill in (3.0, float("nan")):
@@ -338,9 +334,7 @@ def test_unknown_names_are_listed():
 
 
 @pytest.mark.parametrize("loss", STATE_LOSSES)
-@pytest.mark.parametrize(
-    "student, teacher", [((B, S, D), (B, 4, D)), ((B, D), (B, D)), ((0, S, D), (0, S, D))]
-)
+@pytest.mark.parametrize("student, teacher", [((B, S, D), (B, 4, D)), ((B, D), (B, D)), ((0, S, D), (0, S, D))])
 def test_tokens_that_do_not_fit(loss, student, teacher):
     with pytest.raises(ValueError, match="give both models the same tokens") as error:
         loss(states(0, *student), states(1, *teacher))

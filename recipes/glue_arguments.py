@@ -1,0 +1,224 @@
+"""The command line of `glue.py`: its options, their defaults for each task, and which of them shape which stage."""
+
+from __future__ import annotations
+
+import sys
+from argparse import HelpFormatter
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from glue_tasks import TASKS, GlueTask
+from transformers import HfArgumentParser, TrainingArguments
+
+from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments
+
+DEFAULT_MODEL = "google-bert/bert-base-uncased"
+
+
+def _option(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    if default not in (None, False):
+        help_text += f"; default: {default}"
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass
+class DataArguments:
+    """What is learned."""
+
+    _argument_group_name = "data"
+
+    task: str | None = _option(
+        "a GLUE task, or `demo`, a small one that comes with this script; default: demo, without --train_file",
+        choices=list(TASKS),
+    )
+    data_dir: str | None = _option("folder with the GLUE files; without it they come from the Hub")
+    train_file: str | None = _option("your training examples (csv, tsv or json)")
+    validation_file: str | None = _option("your validation examples")
+    test_file: str | None = _option("your test examples, labelled or not: predictions are written for them")
+    max_length: int | None = _option("longest input in tokens; default: the task's")
+    max_train_samples: int | None = _option("train on this many examples only (the first ones)")
+    max_eval_samples: int | None = _option("evaluate on this many examples only (the first ones)")
+
+
+@dataclass
+class TeacherArguments:
+    """The float model: where it comes from and how it is fine-tuned."""
+
+    _argument_group_name = "teacher"
+
+    model_name_or_path: str | None = _option(f"the pretrained encoder; default: {DEFAULT_MODEL}")
+    teacher: str | None = _option("an already fine-tuned model (name or folder); without it one is fine-tuned first")
+    teacher_learning_rate: float | None = _option("default: the task's")
+    teacher_epochs: float | None = _option("default: the task's")
+
+
+@dataclass
+class StudentArguments:
+    """How the 1-bit student is distilled; without a default here, that of the task or of `ReBNNTrainingArguments`."""
+
+    _argument_group_name = "student"
+
+    learning_rate: float | None = _option("of everything that stays float; default: the task's")
+    latent_learning_rate: float | None = _option("of the latent weights; default: the learning rate")
+    scale_learning_rate: float | None = _option("of the scales; default: the learning rate")
+    epochs: float | None = _option("default: the task's")
+    max_steps: int = _option("this many steps instead of epochs; -1 counts epochs", default=-1)
+    batch_size: int | None = _option("examples per step, over all processes; default: the task's")
+    dropout: float = _option("of the student; it imitates a teacher without dropout", default=0.0)
+    hidden_loss: Literal["relative_mse", "mse", "direction"] | None = _option("distance between hidden states")
+    hidden_weight: float | None = _option("weight of the hidden-state loss")
+    logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = _option("distance between logits")
+    temperature: float | None = _option("of the logits loss")
+    label_weight: float | None = _option("weight of the loss against the labels")
+    relation_weight: float | None = _option("weight of the query/key/value relation loss")
+
+
+@dataclass
+class BinaryArguments:
+    """What becomes 1-bit and by which rule; without a default here, that of `ReBNNConfig`."""
+
+    _argument_group_name = "binarization"
+
+    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = _option("the rule for the balance")
+    balance_form: Literal["gradient", "decoupled"] | None = _option("where the pull of the balance is applied")
+    balance_strength: float | None = _option("strength of the decoupled form")
+    balance_value: float | None = _option("the balance itself, with --balance_rule const")
+    balance_lower: float | None = _option("lower bound of the balance")
+    balance_upper: float | None = _option("upper bound of the balance")
+    weight_scale: Literal["learned", "mean_abs"] | None = _option("where the scales come from")
+    weight_center: Literal["none", "row", "tensor"] | None = _option("mean taken off before the sign")
+    word_embeddings: bool = _option("make the word embeddings 1-bit too", default=False)
+    pooler: bool = _option("make the pooler 1-bit too", default=False)
+
+    def config(self) -> ReBNNConfig:
+        """The configuration these options describe."""
+        return ReBNNConfig(**{name: value for name, value in asdict(self).items() if value is not None})
+
+
+@dataclass
+class RunArguments:
+    """Where and how everything runs."""
+
+    _argument_group_name = "run"
+
+    output_dir: str | None = _option("default: runs/<task>")
+    overwrite: bool = _option("redo the stages whose settings changed since the last run in this folder", default=False)
+    seed: int = _option("of the data order, the new head and the demo's model", default=42)
+    bf16: bool = _option("train in bfloat16 mixed precision", default=False)
+    packed_dtype: Literal["float32", "float16", "bfloat16"] = _option(
+        "dtype of what stays float in the packed model", default="float32"
+    )
+    save_steps: int = _option("steps between checkpoints", default=500)
+    logging_steps: int = _option("steps between log lines", default=50)
+    report_to: str = _option("`none`, `tensorboard`, `wandb`, ...", default="none")
+
+
+@dataclass
+class Arguments:
+    """The whole command line: `argv` as it was typed, and what it says."""
+
+    argv: list[str]
+    data: DataArguments
+    teacher: TeacherArguments
+    student: StudentArguments
+    binary: BinaryArguments
+    run: RunArguments
+
+    def check(self) -> None:
+        """Raises a ValueError where options are wrong or contradict each other."""
+        data = self.data
+        if (data.train_file is None) != (data.validation_file is None):
+            raise ValueError("--train_file and --validation_file belong together: pass both")
+        if data.train_file is None and data.test_file is not None:
+            raise ValueError("--test_file needs --train_file and --validation_file")
+        if data.train_file is not None and (data.task is not None or data.data_dir is not None):
+            raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
+        self.binary.config()
+
+    def fill_in(self, task: GlueTask) -> None:
+        """Gives every option left out the default of `task`."""
+        student, teacher, run = self.student, self.teacher, self.run
+        defaults = (
+            (self.data, "task", task.name),
+            (self.data, "max_length", task.max_length),
+            (teacher, "teacher_learning_rate", task.teacher_learning_rate),
+            (teacher, "teacher_epochs", task.teacher_epochs),
+            (student, "learning_rate", task.student_learning_rate),
+            (student, "epochs", task.student_epochs),
+            (student, "batch_size", task.batch_size),
+            (run, "output_dir", f"runs/{task.name}"),
+        )
+        for group, name, default in defaults:
+            if getattr(group, name) is None:
+                setattr(group, name, default)
+        if task.name != "demo" and teacher.model_name_or_path is None:  # the demo's model is trained from scratch
+            teacher.model_name_or_path = DEFAULT_MODEL
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options with the values in use."""
+        groups = (asdict(self.data), asdict(self.teacher), self.student_settings(), asdict(self.run))
+        return {name: value for group in groups for name, value in group.items()}
+
+    def student_settings(self) -> dict[str, Any]:
+        """The options of distillation and binarization, those left out with the defaults of rebnn_hf."""
+        distillation = {
+            name: getattr(ReBNNTrainingArguments, name, None) if value is None else value
+            for name, value in asdict(self.student).items()
+        }
+        config = self.binary.config()
+        return distillation | {option.name: getattr(config, option.name) for option in fields(self.binary)}
+
+    def losses(self) -> dict[str, Any]:
+        """The options of the distillation loss and of its learning rates, for `ReBNNTrainingArguments`."""
+        own = {option.name for option in fields(ReBNNTrainingArguments)} - {o.name for o in fields(TrainingArguments)}
+        return {name: value for name, value in asdict(self.student).items() if name in own and value is not None}
+
+    def stage_settings(self, data_digest: str) -> dict[str, dict[str, Any]]:
+        """For each stage the settings its result depends on, beside those of the stages before it.
+
+        Where the data lie does not matter, only what they are (`data_digest`); how often to log or to save does not
+        matter at all.
+        """
+        return {
+            "teacher": {
+                "task": self.data.task,
+                "data": data_digest,
+                "max_length": self.data.max_length,
+                **asdict(self.teacher),
+                "batch_size": self.student.batch_size,
+                "bf16": self.run.bf16,
+                "seed": self.run.seed,
+            },
+            "latent": self.student_settings(),
+            "packed": {"packed_dtype": self.run.packed_dtype},
+        }
+
+    def packed_dtype(self) -> torch.dtype:
+        """The dtype of what stays float in the packed model."""
+        return getattr(torch, self.run.packed_dtype)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Reads the command line; `Arguments.fill_in` completes it once the task is known.
+
+    Raises:
+        SystemExit: If the options are wrong or contradict each other.
+    """
+    groups = (DataArguments, TeacherArguments, StudentArguments, BinaryArguments, RunArguments)
+    parser = HfArgumentParser(
+        groups,
+        description="Fine-tune, binarize, distil, pack and evaluate.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    namespace = parser.parse_args(argv)
+    arguments = Arguments(
+        argv, *(group(**{f.name: getattr(namespace, f.name) for f in fields(group)}) for group in groups)
+    )
+    try:
+        arguments.check()
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments

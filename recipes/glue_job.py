@@ -1,0 +1,180 @@
+"""A run of `glue.py`: options, data, tokenizer, output folder and processes, and how a stage is run once."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from glue_arguments import Arguments
+from glue_grammar import build_demo_tokenizer
+from glue_stages import RunFolder
+from glue_tasks import GlueTask, custom_task, get_task, load_files, load_task
+from glue_training import device_arguments, remove_checkpoints
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a teacher on the Hub
+
+
+@dataclass
+class Job:
+    """Everything the stages share."""
+
+    arguments: Arguments
+    task: GlueTask
+    data: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    run: RunFolder
+    teacher_folder: Path
+    process: PartialState
+
+    def stage(self, name: str, action: Callable[[Job], dict[str, Any]]) -> None:
+        """Runs a stage unless it is complete, and completes it with what `action` records."""
+        complete = self.run.record(name) is not None
+        self.process.wait_for_everyone()  # all have looked before anyone writes
+        self.process.print(f"{name}: {'already complete' if complete else 'started'}")
+        if not complete:
+            start = time.time()
+            record = action(self)
+            record["seconds"] = time.time() - start + record.pop("earlier_seconds", 0.0)
+            self.process.wait_for_everyone()
+            if self.process.is_main_process:
+                self.run.complete(name, record)
+        if self.process.is_main_process:  # only now: until the record is written the work could still get lost
+            remove_checkpoints(self.run.folder(name))
+        self.process.wait_for_everyone()
+
+    @cached_property
+    def tokens(self) -> DatasetDict:
+        """The data as token ids; made once, by the main process, and read from the cache by the others."""
+        columns = list(self.task.sentence_columns)
+        length = min(self.arguments.data.max_length, self.tokenizer.model_max_length)
+        options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": length}
+        with self.process.main_process_first():
+            tokens = self.data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
+        return DatasetDict({name: _with_labels_column(split) for name, split in tokens.items()})
+
+    def splits(self, kind: str) -> dict[str, Dataset]:
+        """The splits `validation` or `test`, for MNLI with their mismatched twins."""
+        return {name: split for name, split in self.tokens.items() if name.startswith(kind)}
+
+
+def prepare(arguments: Arguments) -> Job:
+    """Loads data and tokenizer and opens the output folder.
+
+    Raises:
+        SystemExit: If data or tokenizer cannot be loaded, or the folder holds a run with other settings.
+    """
+    process = PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
+    with process.main_process_first():
+        task, data = load_data(arguments)
+    arguments.fill_in(task)
+    check_processes(arguments, process)
+    if task.name == "demo":
+        torch.set_num_threads(1)  # its model is too small to gain from a second one, and loses where cores are shared
+    tokenizer = load_tokenizer(arguments, data)
+    run = RunFolder(arguments.run.output_dir)
+    with process.main_process_first():
+        teacher_folder = find_teacher(arguments, run)
+    settings = arguments.stage_settings(digest(data))
+    run.check(settings, arguments.run.overwrite)
+    process.wait_for_everyone()  # all have looked before the main process writes
+    if process.is_main_process:
+        run.begin(settings)
+    process.wait_for_everyone()
+    return Job(arguments, task, data, tokenizer, run, teacher_folder, process)
+
+
+def check_processes(arguments: Arguments, process: PartialState) -> None:
+    """Refuses numbers of processes that the global batch or the GPUs cannot be shared among."""
+    if arguments.student.batch_size % process.num_processes:
+        raise SystemExit(
+            f"--batch_size {arguments.student.batch_size} counts the examples of a step over all processes: "
+            f"it must be a multiple of their number, {process.num_processes}."
+        )
+    if process.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise SystemExit(
+            "several GPUs and one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0 for one GPU."
+        )
+
+
+def load_data(arguments: Arguments) -> tuple[GlueTask, DatasetDict]:
+    """The task and its splits, with `sentence1`, for pairs `sentence2`, and `label`."""
+    options = arguments.data
+    try:
+        if options.train_file is not None:
+            data = load_files(options.train_file, options.validation_file, options.test_file)
+            task = custom_task(data)
+        else:
+            task = get_task(options.task or "demo")
+            data = load_task(task.name, options.data_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{error}") from None
+    limits = {"train": options.max_train_samples, "validation": options.max_eval_samples}
+    limits["validation_mismatched"] = options.max_eval_samples
+    return task, DatasetDict({name: _first(split, limits.get(name)) for name, split in data.items()})
+
+
+def digest(data: DatasetDict) -> str:
+    """Tells whether two runs saw the same examples, wherever they came from."""
+    sha = hashlib.sha256()
+    for name, split in data.items():
+        for column in split.column_names:
+            sha.update(repr((name, column, split[column][:])).encode())
+    return sha.hexdigest()[:16]
+
+
+def tokenize(
+    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, columns: list[str], max_length: int
+) -> dict[str, list]:
+    """Token ids of a batch of sentences or pairs."""
+    return tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+
+
+def find_teacher(arguments: Arguments, run: RunFolder) -> Path:
+    """The folder where the teacher is, or will be once it is fine-tuned."""
+    given = arguments.teacher.teacher
+    if given is None:
+        return run.folder("teacher")
+    if not Path(given).is_dir():
+        return Path(load_pretrained(snapshot_download, given, allow_patterns=MODEL_FILES))
+    if Path(given).resolve().is_relative_to(run.root.resolve()):
+        raise SystemExit(f"--teacher {given} lies in --output_dir, which may be cleared: choose another --output_dir.")
+    return Path(given)
+
+
+def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+    """The tokenizer of the teacher, of the pretrained model, or the demo's own."""
+    source = arguments.teacher.teacher or arguments.teacher.model_name_or_path
+    if source is None:
+        return build_demo_tokenizer(list(data["train"]["sentence1"]))
+    return load_pretrained(AutoTokenizer.from_pretrained, source)
+
+
+def load_pretrained(loader: Callable[..., Any], source: str | Path, **options: Any) -> Any:
+    """What `loader` makes of a Hub name or folder.
+
+    Raises:
+        SystemExit: In one sentence, if there is nothing to load.
+    """
+    try:
+        return loader(source, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"{source} cannot be loaded: pass the folder of a model you have ({reason}).") from None
+
+
+def _first(split: Dataset, limit: int | None) -> Dataset:
+    return split if limit is None else split.select(range(min(limit, len(split))))
+
+
+def _with_labels_column(split: Dataset) -> Dataset:
+    return split.rename_column("label", "labels") if "label" in split.column_names else split

@@ -1,0 +1,234 @@
+"""What `glue.py` leaves to read: results.json, the model card, the oscillation plot and the table on the console."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from glue_grammar import bag_of_words_accuracy
+from glue_stages import STAGES, read_json, write_json
+from glue_tasks import HUB_DATASET
+from glue_training import STATE_FILE
+from huggingface_hub import EvalResult, ModelCardData
+
+import rebnn_hf
+from rebnn_hf import plot_oscillation
+
+if TYPE_CHECKING:
+    from glue_job import Job
+
+MEGABYTE = 1e6
+
+
+def write_report(job: Job) -> None:
+    """Writes the plot, the model card and, last, `results.json`: where it exists, everything else does."""
+    results = collect(job)
+    root, packed = job.run.root, job.run.folder("packed")
+    log = read_json(job.run.folder("latent") / STATE_FILE)["log_history"]
+    plot_oscillation(log, root / "oscillation.png")
+    (packed / "README.md").write_text(model_card(job, results), encoding="utf-8")
+    write_json(job.run.results_file, results)
+
+
+def collect(job: Job) -> dict[str, Any]:
+    """The results of a run whose stages are complete."""
+    records = {stage: job.run.record(stage) for stage in STAGES}
+    folders = {stage: job.run.folder(stage) for stage in STAGES} | {"teacher": job.teacher_folder}
+    sizes = {stage: model_bytes(folder) for stage, folder in folders.items()}
+    results = {
+        "task": job.task.name,
+        "scores": {"teacher": records["teacher"]["scores"], **records["packed"]["scores"]},
+        "bytes": sizes,
+        "ratio": sizes["teacher"] / sizes["packed"],
+        "max_logit_difference": records["packed"]["max_logit_difference"],
+        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "steps": {stage: record["steps"] for stage, record in records.items() if "steps" in record},
+        "examples": {name: len(split) for name, split in job.data.items()},
+        "size": records["packed"]["size"],
+        "seed": job.arguments.run.seed,
+        "processes": job.process.num_processes,
+        "command": command(job),
+        "arguments": job.arguments.to_dict(),
+        "versions": installed_versions(),
+        "hardware": hardware(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    if job.task.name == "demo":
+        results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
+    return results
+
+
+def command(job: Job) -> str:
+    """The command that made the results, as it would be typed in a checkout."""
+    processes = job.process.num_processes
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join([*launcher, "recipes/glue.py", *job.arguments.argv])
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of the weights of a saved model."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of everything a result may depend on."""
+    modules = (torch, transformers, accelerate, datasets, rebnn_hf)
+    return {
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit this file belongs to, with `-dirty` for uncommitted changes; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """What it ran on."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if device and device.type == "cuda" else device and device.type,
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name: Linux has it in /proc only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """Prints the scores and sizes of the three models, and the time each stage took."""
+    print("\n" + summary_table(results))
+    seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
+    print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
+    print(f"packed and latent logits differ by at most {results['max_logit_difference']:.2g}")
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """The table of models by metrics and size, as Markdown."""
+    scores, sizes = results["scores"], results["bytes"]
+    metrics = list(scores["packed"])
+    rows = [["model", *metrics, "MB on disk", "smaller by"]]
+    for model in (name for name in ("bag_of_words", *STAGES) if name in scores):
+        size = sizes.get(model)
+        sized = [f"{size / MEGABYTE:.2f}", f"{sizes['teacher'] / size:.1f}x"] if size else ["", ""]
+        rows.append([model, *(f"{scores[model][metric]:.4f}" for metric in metrics), *sized])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = (
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+    return "\n".join(lines)
+
+
+# The model card
+
+
+def model_card(job: Job, results: dict[str, Any]) -> str:
+    """The README.md of the packed folder: what the model is, what was measured, how to load it."""
+    base, task = base_model(job), job.task.name
+    hardware, versions = results["hardware"], results["versions"]
+    return f"""---
+{card_metadata(job, results).to_yaml()}
+---
+
+# {base or "A small BERT"} with 1-bit weights, fine-tuned on {task}
+
+Made with rebnn_hf: the weights of the layers listed below are stored as one bit each, with one scale per row. The model
+was distilled from a float teacher of the same shape.
+
+## Use
+
+```python
+import rebnn_hf  # lets transformers read 1-bit checkpoints
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/to/this/folder")
+```
+
+## What is 1-bit
+
+```
+{job.run.record("packed")["layers"]}
+```
+
+## Measured
+
+{summary_table(results)}
+
+On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}. The
+packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
+most {results["max_logit_difference"]:.1g}. Made by
+
+```
+{results["command"]}
+```
+
+on {hardware["accelerator"] or hardware["cpu"]} with torch {versions["torch"]}, transformers {versions["transformers"]}
+and rebnn_hf {versions["rebnn_hf"]}.
+"""
+
+
+def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
+    """The front matter of the model card."""
+    base, task = base_model(job), job.task
+    on_hub = task.folder is not None  # one of the nine, not the demo or files of one's own
+    dataset = HUB_DATASET if on_hub else task.name
+    scores = []
+    for name, value in results["scores"]["packed"].items():
+        metric, mismatched, _ = name.partition("_mismatched")
+        scores.append(
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=dataset,
+                dataset_name=f"GLUE {task.name}" if on_hub else task.name,
+                dataset_config=task.name if on_hub else None,
+                dataset_split=f"validation{mismatched}",
+                metric_type=metric,
+                metric_value=round(value, 4),
+            )
+        )
+    return ModelCardData(
+        base_model=base,
+        datasets=[dataset] if on_hub else None,
+        eval_results=scores,
+        language="en" if on_hub or task.name == "demo" else None,
+        library_name="transformers",
+        metrics=list(task.metrics),
+        model_name=f"{Path(base or 'bert-small').name}-{task.name}-1bit",
+        pipeline_tag="text-classification",
+        tags=["rebnn", "1-bit", "binary-neural-network"],
+    )
+
+
+def base_model(job: Job) -> str | None:
+    """The name of the model that was made 1-bit; None for the demo's, which is trained from scratch.
+
+    Of a model that came from a folder it is the folder's name: a local path means nothing to the reader of the card.
+    """
+    source = job.arguments.teacher.teacher or job.arguments.teacher.model_name_or_path
+    return Path(source).resolve().name if source is not None and Path(source).is_dir() else source

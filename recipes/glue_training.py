@@ -1,0 +1,233 @@
+"""What `glue.py` asks of the Trainer: length-grouped batches, short log lines, exact continuation, predictions."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState, ProgressCallback
+
+from rebnn_hf import ReBNNTrainer
+
+CHECKPOINT = "checkpoint-*"
+STATE_FILE = "trainer_state.json"
+EVALUATION_BATCH = 64
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffled batches of examples of similar length, a function of seed and epoch alone.
+
+    A run that is continued in the middle of an epoch therefore meets the examples it would have met without the
+    interruption, which the Trainer's own `group_by_length` (it draws from the global generator) does not give.
+
+    Args:
+        lengths: Length of every example in tokens.
+        batch_size: Examples per step over all processes; one step's examples are neighbours in the order.
+        epoch: Tells which epoch is to be drawn.
+        seed: Of the order.
+    """
+
+    POOL = 50  # batches sorted by length together: little padding, and still well mixed
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, epoch: Callable[[], int], seed: int):
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.epoch = epoch
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch()))
+        order = rng.permutation(len(self.lengths))
+        whole = len(order) // self.batch_size * self.batch_size
+        pool = self.POOL * self.batch_size
+        pools = (order[start : min(start + pool, whole)] for start in range(0, whole, pool))
+        grouped = [indices[np.argsort(self.lengths[indices], kind="stable")] for indices in pools]
+        batches = np.concatenate(grouped).reshape(-1, self.batch_size) if grouped else order[:0].reshape(0, 1)
+        rng.shuffle(batches)
+        yield from batches.ravel().tolist()
+        yield from order[whole:].tolist()  # the short batch comes last, or it would shift all those behind it
+
+
+class LengthGrouped:
+    """Gives a Trainer the batches of `LengthGroupedSampler`."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of this process: the global batch of a step does not depend on the number of processes."""
+        sampler = LengthGroupedSampler(
+            lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+            batch_size=self.args.train_batch_size * self.args.world_size,
+            epoch=lambda: int(self.state.epoch or 0),
+            seed=self.args.seed,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+
+class FineTuningTrainer(LengthGrouped, Trainer):
+    """Fine-tunes the float teacher."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # The Trainer takes the **kwargs of BERT's forward for a promise to divide the loss by the global number of
+        # items. BERT does not, and the gradient would grow with the number of processes.
+        self.model_accepts_loss_kwargs = False
+
+
+class DistillationTrainer(LengthGrouped, ReBNNTrainer):
+    """Distils the 1-bit student."""
+
+
+SHORT_NAMES = {"flip_ratio": "flips", "learning_rate": "lr"}
+
+
+class CompactProgress(ProgressCallback):
+    """The Trainer's progress bar with one short line per report in place of a dictionary of every layer's values."""
+
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **kwargs) -> None:
+        """Writes the losses, the flip ratio and the learning rate; skips the Trainer's closing statistics."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.write(f"step {state.global_step:>6}  {log_line(logs)}")
+
+
+def log_line(logs: Mapping[str, float]) -> str:
+    """The values of a report that fit on a line."""
+    names = [name for name in logs if name.startswith("loss") or name in SHORT_NAMES]
+    return "  ".join(f"{SHORT_NAMES.get(name, name.removeprefix('loss_'))} {logs[name]:.3g}" for name in names)
+
+
+class StageClock(TrainerCallback, ExportableState):
+    """Wall time of a training over all its interruptions; its state travels with the checkpoints."""
+
+    def __init__(self, earlier: float = 0.0):
+        self.earlier = earlier
+        self.start = time.time()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Starts the clock."""
+        self.start = time.time()
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint remembers."""
+        return {"args": {"earlier": self.earlier + time.time() - self.start}, "attributes": {}}
+
+    @classmethod
+    def read(cls, state: TrainerState) -> float:
+        """Seconds of training behind a checkpoint."""
+        return state.stateful_callbacks[cls.__name__]["args"]["earlier"]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
+    """The newest complete checkpoint in `folder` and its state.
+
+    The Trainer writes a checkpoint in place and its state file last: a checkpoint whose state cannot be read was
+    interrupted and is passed over.
+    """
+    newest = None
+    for path in folder.glob(CHECKPOINT):
+        try:
+            state = TrainerState.load_from_json(str(path / STATE_FILE))
+        except (OSError, ValueError, TypeError):
+            continue
+        if newest is None or state.global_step > newest[1].global_step:
+            newest = path, state
+    return newest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training.
+
+    Attributes:
+        checkpoint: The folder with the trained model.
+        state: The Trainer's state, with its log.
+        earlier_seconds: Spent on it before this run.
+    """
+
+    checkpoint: Path
+    state: TrainerState
+    earlier_seconds: float
+
+
+def train(trainer: Trainer, folder: Path) -> Trained:
+    """Trains to the end, from the newest complete checkpoint in `folder` on if there is one."""
+    resumed = newest_checkpoint(folder)
+    trainer.accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if trainer.is_world_process_zero():
+        remove_checkpoints(folder, keep=resumed and resumed[0])  # the Trainer may take an unfinished one for the newest
+    earlier = StageClock.read(resumed[1]) if resumed else 0.0
+    trainer.add_callback(StageClock(earlier))
+    if resumed is None:
+        trainer.train()
+    elif resumed[1].global_step < resumed[1].max_steps:
+        if trainer.is_world_process_zero():
+            print(f"continuing from step {resumed[1].global_step} of {resumed[1].max_steps}")
+        trainer.train(resume_from_checkpoint=str(resumed[0]))
+    trainer.accelerator.wait_for_everyone()  # the last checkpoint is written
+    last = newest_checkpoint(folder)
+    if last is None:
+        raise RuntimeError(f"the training left no checkpoint in {folder}")
+    return Trained(*last, earlier)
+
+
+def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
+    """Deletes the checkpoints in `folder` but `keep`: with the optimizer's state each takes three times a model."""
+    for path in folder.glob(CHECKPOINT):
+        if path != keep:
+            shutil.rmtree(path)
+
+
+def silence(trainer: Trainer) -> None:
+    """Replaces the Trainer's printing by `CompactProgress`."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(CompactProgress())
+
+
+def predict(
+    model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> np.ndarray:
+    """Logits `[examples, labels]` in the order of `dataset`, in float32 and without autocast, over all processes."""
+    longest_first = np.argsort([-len(ids) for ids in dataset["input_ids"]], kind="stable")
+    inputs = dataset.remove_columns([name for name in dataset.column_names if name not in tokenizer.model_input_names])
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_eval_batch_size=EVALUATION_BATCH,
+        report_to="none",
+        **device_arguments(),
+    )
+    trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
+    sorted_logits = trainer.predict(inputs.select(longest_first)).predictions
+    logits = np.empty(sorted_logits.shape, dtype=np.float32)
+    logits[longest_first] = sorted_logits
+    return logits
+
+
+def device_arguments() -> dict[str, bool]:
+    """The arguments of the Trainer that depend on whether there is an accelerator."""
+    on_cpu = not torch.accelerator.is_available()
+    return {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}

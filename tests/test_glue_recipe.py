@@ -1,0 +1,476 @@
+"""The recipe from end to end: the real script on a reduced demo, its continuation after a kill, and its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import rebnn_hf
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import glue
+from glue_arguments import parse_arguments
+from glue_grammar import demo_dataset
+from glue_stages import STAGES, RunFolder, read_json, write_json
+from glue_tasks import get_task
+from glue_training import STATE_FILE, LengthGroupedSampler, log_line, newest_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "glue.py"
+EXAMPLES, EVALUATED, STEPS = 320, 200, 60
+SMALL = ["--max_train_samples", EXAMPLES, "--max_eval_samples", EVALUATED, "--teacher_epochs", 1]
+SMALL = [str(word) for word in [*SMALL, "--max_steps", STEPS, "--save_steps", 15, "--logging_steps", 10]]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    """The demo sets the number of threads of its process, which here is that of all tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def start(folder: Path, *options: str, launcher: tuple[str, ...] = (sys.executable,), **environment: str):
+    """Starts the script in a process of its own."""
+    command = [*launcher, str(SCRIPT), "--output_dir", str(folder), *options]
+    return subprocess.Popen(
+        command, env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_script(folder: Path, *options: str, **how) -> tuple[str, str]:
+    """Runs the script to its successful end."""
+    process = start(folder, *options, **how)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def rerun(folder: Path, *options: str) -> None:
+    """Runs the recipe in this process, where nothing has to be imported again."""
+    glue.main(["--output_dir", str(folder), *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> SimpleNamespace:
+    """A complete run of the reduced demo."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    output, errors = run_script(folder, *SMALL)
+    return SimpleNamespace(folder=folder, output=output, errors=errors, results=read_json(folder / "results.json"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the complete run to be changed."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
+
+
+def accuracy(folder: Path) -> float:
+    """Accuracy of a saved model on the demo's validation examples, without any code of the recipe."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    rows = demo_dataset()["validation"][:EVALUATED]
+    with torch.no_grad():
+        logits = model(**tokenizer(rows["sentence1"], padding=True, return_tensors="pt")).logits
+    return (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model."""
+    return load_file(folder / "model.safetensors")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file below a folder was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_scores_are_those_of_the_saved_folders(finished):
+    for stage in STAGES:
+        assert finished.results["scores"][stage]["accuracy"] == pytest.approx(accuracy(finished.folder / stage))
+    assert finished.results["scores"]["packed"] == finished.results["scores"]["latent"]
+    assert finished.results["max_logit_difference"] < 1e-4
+
+
+def test_sizes_are_those_of_the_files(finished):
+    sizes = {stage: (finished.folder / stage / "model.safetensors").stat().st_size for stage in STAGES}
+    assert finished.results["bytes"] == sizes
+    assert finished.results["ratio"] == sizes["teacher"] / sizes["packed"] > 4
+    assert (
+        rebnn_hf.summary(AutoModelForSequenceClassification.from_pretrained(finished.folder / "packed")).totals
+        == (finished.results["size"])
+    )
+
+
+def test_results_say_how_they_were_made(finished):
+    results = finished.results
+    assert results["examples"] == {"train": EXAMPLES, "validation": EVALUATED}
+    assert results["steps"] == {"teacher": EXAMPLES // 32, "latent": STEPS}
+    assert results["arguments"]["max_steps"] == STEPS and results["arguments"]["balance_rule"] == "flip_maxgrad"
+    assert results["arguments"]["hidden_loss"] == "relative_mse"
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["hardware"]["threads"] == 1 and results["hardware"]["cpu"]
+    assert 0.5 < results["scores"]["bag_of_words"]["accuracy"] < 0.9
+    assert all(seconds > 0 for seconds in results["seconds"].values())
+    assert results["command"].startswith("python recipes/glue.py --output_dir")
+
+
+def test_console_is_short_and_ends_with_the_table(finished):
+    lines = [line for line in finished.output.splitlines() if line.strip()]
+    reports = [line for line in lines if line.startswith("step ")]
+    others = [line for line in lines if line not in reports]
+    assert others[:3] == ["teacher: started", "latent: started", "packed: started"]
+    assert any(line.startswith("| packed") for line in others) and len(others) < 15
+    assert any("flips" in line for line in reports)
+    assert max(map(len, reports)) < 140, "values of single layers belong into the log history"
+    log = read_json(finished.folder / "latent" / STATE_FILE)["log_history"]
+    assert any(key.startswith("flip_ratio/") for key in log[-1])
+
+
+def test_folder_holds_what_it_should_and_nothing_else(finished):
+    assert {path.name for path in finished.folder.iterdir()} == {
+        *STAGES,
+        "stages",
+        "settings.json",
+        "results.json",
+        "oscillation.png",
+    }
+    assert not list(finished.folder.rglob("checkpoint-*")), "checkpoints of finished stages"
+    assert not list(finished.folder.rglob("*.draft"))
+    assert (finished.folder / "oscillation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_model_card(finished):
+    card = ModelCard.load(finished.folder / "packed" / "README.md")
+    (result,) = card.data.eval_results
+    assert result.metric_value == pytest.approx(finished.results["scores"]["packed"]["accuracy"], abs=1e-4)
+    assert card.data.library_name == "transformers" and "1-bit" in card.data.tags
+    assert "import rebnn_hf" in card.text and finished.results["command"] in card.text
+    assert "PackedLinear" in card.text
+
+
+# ----------------------------------------------------------------------------------------------------- running again
+
+
+def test_same_command_repeats_nothing(finished, capsys):
+    before = stamps(finished.folder)
+    rerun(finished.folder, *SMALL)
+    after = stamps(finished.folder)
+    assert {name for name in after if after[name] != before.get(name)} == {"settings.json"}
+    output = capsys.readouterr().out
+    assert output.count("already complete") == 3 and "| packed" in output
+
+
+def test_changed_settings_are_refused_by_name(finished):
+    before = stamps(finished.folder)
+    with pytest.raises(SystemExit) as refusal:
+        rerun(finished.folder, *SMALL, "--balance_rule", "none", "--seed", "7")
+    message = str(refusal.value)
+    assert "seed: 42 -> 7" in message and "balance_rule: flip_maxgrad -> none" in message
+    assert "--overwrite" in message and "--output_dir" in message
+    assert stamps(finished.folder) == before
+
+
+def test_options_without_influence_on_the_result_may_change(finished):
+    rerun(finished.folder, *SMALL, "--logging_steps", "5", "--save_steps", "7")
+
+
+def test_overwrite_redoes_only_the_stages_concerned(copied):
+    before = stamps(copied)
+    rerun(copied, *SMALL, "--packed_dtype", "float16", "--overwrite")
+    after = stamps(copied)
+    kept = [name for name in before if name.startswith(("teacher/", "latent/"))]
+    assert all(after[name] == before[name] for name in kept)
+    results = read_json(copied / "results.json")
+    assert results["bytes"]["packed"] < 0.6 * (copied / "teacher" / "model.safetensors").stat().st_size / 4
+    assert results["scores"]["packed"]["accuracy"] == pytest.approx(accuracy(copied / "packed"))
+    assert 0 < results["max_logit_difference"] < 0.05
+
+
+def test_run_stopped_before_the_report_is_completed(copied):
+    results = read_json(copied / "results.json")
+    (copied / "results.json").unlink()
+    (copied / "packed" / "README.md").unlink()
+    rerun(copied, *SMALL)
+    again = read_json(copied / "results.json")
+    assert [again[key] for key in ("scores", "bytes", "seconds")] == [
+        results[key] for key in ("scores", "bytes", "seconds")
+    ]
+    assert (copied / "packed" / "README.md").is_file()
+
+
+def test_failure_leaves_no_results(copied, monkeypatch):
+    monkeypatch.setattr(glue, "pack_student", lambda job: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rerun(copied, *SMALL, "--packed_dtype", "float16", "--overwrite")
+    assert not (copied / "results.json").exists()
+    assert RunFolder(copied).record("packed") is None
+
+
+@pytest.mark.slow
+def test_killed_distillation_continues_to_the_same_weights(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    process = start(folder, *SMALL)
+    while newest_checkpoint(folder / "latent") is None:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "results.json").exists() and RunFolder(folder).record("latent") is None
+    teacher = stamps(folder / "teacher")
+
+    (folder / "latent" / "checkpoint-119").mkdir()  # as if the kill had come while it was written
+    rerun(folder, *SMALL)
+    assert "continuing from step" in capsys.readouterr().out
+    assert stamps(folder / "teacher") == teacher
+    for stage in STAGES:
+        expected, found = weights(finished.folder / stage), weights(folder / stage)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected), stage
+    assert read_json(folder / "results.json")["scores"] == finished.results["scores"]
+
+
+def test_killed_after_the_last_step_trains_no_more(copied, tmp_path, capsys):
+    """The last checkpoint is complete, but the stage was not: only what comes after the training is repeated."""
+    run, expected = RunFolder(copied), weights(copied / "latent")
+    checkpoint = copied / "latent" / f"checkpoint-{STEPS}"
+    shutil.copytree(copied / "latent", tmp_path / "latent")
+    shutil.rmtree(copied / "latent")
+    shutil.copytree(tmp_path / "latent", checkpoint)
+    for stage in ("latent", "packed"):
+        (copied / "stages" / f"{stage}.json").unlink()
+    (copied / "results.json").unlink()
+    rerun(copied, *SMALL)
+    assert "continuing" not in capsys.readouterr().out
+    found = weights(copied / "latent")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert run.record("latent")["steps"] == STEPS and not checkpoint.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(finished, tmp_path):
+    folder = tmp_path / "run"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+    shutil.copytree(finished.folder / "teacher", tmp_path / "given")
+    options = ["--teacher", str(tmp_path / "given"), *SMALL]
+    options[options.index("--max_steps") + 1] = "10"
+    output, _ = run_script(folder, *options, launcher=launcher, ACCELERATE_USE_CPU="true")
+    results = read_json(folder / "results.json")
+    assert output.count("packed: started") == 1 and results["processes"] == 2
+    assert results["scores"]["packed"]["accuracy"] == pytest.approx(accuracy(folder / "packed"))
+    assert results["scores"]["teacher"] == finished.results["scores"]["teacher"]
+
+    rerun(tmp_path / "alone", *options)
+    losses = [losses_of(run / "latent") for run in (folder, tmp_path / "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The logged losses of a training."""
+    return [log["loss"] for log in read_json(folder / STATE_FILE)["log_history"] if "loss" in log]
+
+
+# ------------------------------------------------------------------------------------------------- data and mistakes
+
+
+def test_without_network_it_exits_with_one_sentence(tmp_path):
+    process = start(tmp_path / "run", "--task", "sst2", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "--data_dir" in errors and "Traceback" not in errors and len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_model_exits_with_one_sentence_and_leaves_nothing(tmp_path):
+    files = custom_files(tmp_path)
+    with pytest.raises(SystemExit, match="no/such-model cannot be loaded"):
+        rerun(tmp_path / "run", *files, "--model_name_or_path", "no/such-model")
+    assert not (tmp_path / "run").exists()
+
+
+def custom_files(folder: Path) -> list[str]:
+    rows = demo_dataset(train_size=64, validation_size=32)
+    options = []
+    for split, limit in (("train", 64), ("validation", 32), ("test", 5)):
+        examples = rows["validation" if split == "test" else split][:limit]
+        names = ["negative", "positive"]
+        pairs = zip(examples["sentence1"], examples["label"], strict=True)
+        lines = [json.dumps({"text": sentence, "label": names[label]}) for sentence, label in pairs]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        options += [f"--{split}_file", str(folder / f"{split}.jsonl")]
+    return options
+
+
+def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path):
+    given = finished.folder / "teacher"
+    rerun(tmp_path / "run", *custom_files(tmp_path), "--teacher", str(given), "--max_steps", "2", "--bf16")
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["task"] == "custom" and results["examples"] == {"train": 64, "validation": 32, "test": 5}
+    assert results["steps"] == {"latent": 2} and not (tmp_path / "run" / "teacher").exists()
+    assert results["bytes"]["teacher"] == finished.results["bytes"]["teacher"]
+    (submission,) = (tmp_path / "run" / "predictions").iterdir()
+    lines = submission.read_text().splitlines()
+    assert lines[0] == "index\tprediction" and len(lines) == 6
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"negative", "positive"}
+
+
+def test_teacher_inside_the_output_folder_is_refused(finished):
+    with pytest.raises(SystemExit, match="lies in --output_dir"):
+        rerun(finished.folder, *SMALL, "--teacher", str(finished.folder / "teacher"), "--overwrite")
+    assert (finished.folder / "teacher" / "model.safetensors").exists()
+
+
+def test_teacher_for_other_labels_is_refused(finished):
+    teacher = AutoModelForSequenceClassification.from_pretrained(finished.folder / "teacher")
+    with pytest.raises(SystemExit, match="has 2 outputs, but mnli needs 3"):
+        glue.check_labels(teacher, get_task("mnli"))
+    teacher.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
+    with pytest.raises(SystemExit, match="order"):
+        glue.check_labels(teacher, get_task("sst2"))
+    teacher.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    glue.check_labels(teacher, get_task("sst2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--task", "snli"], "invalid choice"),
+        (["--train_file", "a.csv"], "--validation_file"),
+        (["--test_file", "a.csv"], "--train_file"),
+        (["--task", "rte", "--train_file", "a.csv", "--validation_file", "b.csv"], "--task"),
+        (["--balance_rule", "sometimes"], "invalid choice"),
+        (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
+        (["--learning", "1"], "unrecognized"),
+    ],
+)
+def test_wrong_options_are_explained(options, complaint, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(options)
+    assert complaint in capsys.readouterr().err
+
+
+def test_options_left_out_take_the_defaults_of_the_task():
+    arguments = parse_arguments(["--task", "cola", "--epochs", "3"])
+    task = get_task("cola")
+    arguments.fill_in(task)
+    assert arguments.student.epochs == 3 and arguments.student.batch_size == task.batch_size
+    assert arguments.student.learning_rate == task.student_learning_rate
+    assert arguments.teacher.model_name_or_path == "google-bert/bert-base-uncased"
+    assert arguments.run.output_dir == "runs/cola"
+    assert arguments.student_settings()["hidden_weight"] == 1.0
+
+
+def test_packed_model_that_answers_differently_is_not_reported():
+    logits = {"validation": np.array([[2.0, -1.0]], dtype=np.float32)}
+    assert glue.check_equal(logits, logits, torch.float32) == 0
+    for wrong in (1.0, float("nan")):
+        with pytest.raises(RuntimeError, match="does not answer like"):
+            glue.check_equal(logits, {"validation": logits["validation"] + wrong}, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_sampler_is_a_function_of_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(3, 60, 1003).tolist()
+
+    def draw(seed: int, epoch: int) -> list[int]:
+        return list(LengthGroupedSampler(lengths, 8, lambda: epoch, seed))
+
+    assert sorted(draw(1, 0)) == list(range(1003))
+    assert draw(1, 0) == draw(1, 0)
+    assert draw(1, 0) != draw(1, 1) and draw(1, 0) != draw(2, 0)
+    spreads = [np.ptp([lengths[i] for i in draw(1, 0)[at : at + 8]]) for at in range(0, 1000, 8)]
+    assert np.mean(spreads) < 3, "examples of a batch are of similar length"
+    means = [np.mean([lengths[i] for i in draw(1, 0)[at : at + 8]]) for at in range(0, 1000, 8)]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3, "batches come in no order of length"
+
+
+def test_processes_share_the_batch_of_one():
+    sampler = LengthGroupedSampler(list(range(96)), 8, lambda: 0, 0)
+    together = [set(batch) for batch in BatchSampler(sampler, 8, drop_last=False)]
+    shares = [BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), 2, process) for process in (0, 1)]
+    assert [set(one) | set(two) for one, two in zip(*shares, strict=True)] == together
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
+def test_sampler_of_few_examples(size):
+    assert sorted(LengthGroupedSampler([5] * size, 8, lambda: 0, 0)) == list(range(size))
+
+
+def test_unfinished_checkpoints_are_passed_over(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    write_json(tmp_path / "checkpoint-5" / STATE_FILE, {"global_step": 5})
+    write_json(tmp_path / "checkpoint-10" / STATE_FILE, {"global_step": 10})
+    (tmp_path / "checkpoint-15" / STATE_FILE).write_text('{"global_st')
+    path, state = newest_checkpoint(tmp_path)
+    assert path.name == "checkpoint-10" and state.global_step == 10
+
+
+def test_json_is_replaced_in_one_step(tmp_path):
+    write_json(tmp_path / "a" / "file.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a" / "file.json", {"a": object()})
+    assert read_json(tmp_path / "a" / "file.json") == {"a": 1}
+    assert read_json(tmp_path / "missing.json") is None
+
+
+def settings(**changes: object) -> dict[str, dict]:
+    return {stage: {"x": 1, "y": None} | ({"x": changes[stage]} if stage in changes else {}) for stage in STAGES}
+
+
+def test_dropping_a_stage_drops_those_after_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.begin(settings())
+    for stage in STAGES:
+        run.folder(stage).mkdir()
+        run.complete(stage, {"stage": stage})
+    write_json(run.results_file, {})
+    run.check(settings(), overwrite=False)
+    with pytest.raises(SystemExit, match="x: 1 -> 2"):
+        run.check(settings(latent=2), overwrite=False)
+    run.check(settings(latent=2), overwrite=True)
+    run.begin(settings(latent=2))
+    assert run.record("teacher") == {"stage": "teacher"} and run.folder("teacher").exists()
+    assert run.record("latent") is None and run.record("packed") is None and run.results() is None
+    assert not run.folder("latent").exists() and not run.folder("packed").exists()
+
+
+def test_folder_without_work_takes_any_settings(tmp_path):
+    run = RunFolder(tmp_path)
+    run.begin(settings())
+    run.check(settings(teacher=2), overwrite=False)
+
+
+def test_folder_of_unknown_origin_is_refused(tmp_path):
+    (tmp_path / "latent").mkdir()
+    with pytest.raises(SystemExit, match=r"settings\.json is missing"):
+        RunFolder(tmp_path).check(settings(), overwrite=False)
+
+
+def test_log_line_leaves_out_single_layers():
+    logs = {"loss": 0.5, "loss_hidden": 0.25, "flip_ratio": 1e-3, "flip_ratio/a.b": 1.0, "epoch": 2.0}
+    assert log_line(logs) == "loss 0.5  hidden 0.25  flips 0.001"
