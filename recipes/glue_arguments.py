@@ -66,6 +66,7 @@ class StudentArguments:
     max_steps: int = _option("this many steps instead of epochs; -1 counts epochs", default=-1)
     batch_size: int | None = _option("examples per step, over all processes; default: the task's")
     dropout: float = _option("of the student; it imitates a teacher without dropout", default=0.0)
+    train_embeddings: bool = _option("train the float embeddings too, not only what reads them", default=False)
     hidden_loss: Literal["relative_mse", "mse", "direction"] | None = _option("distance between hidden states")
     hidden_weight: float | None = _option("weight of the hidden-state loss")
     logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = _option("distance between logits")

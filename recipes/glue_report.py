@@ -51,6 +51,7 @@ def collect(job: Job) -> dict[str, Any]:
         "ratio": sizes["teacher"] / sizes["packed"],
         "max_logit_difference": records["packed"]["max_logit_difference"],
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "oscillation": oscillation(read_json(job.run.folder("latent") / STATE_FILE)["log_history"]),
         "steps": {stage: record["steps"] for stage, record in records.items() if "steps" in record},
         "examples": {name: len(split) for name, split in job.data.items()},
         "size": records["packed"]["size"],
@@ -65,6 +66,19 @@ def collect(job: Job) -> dict[str, Any]:
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
+
+
+def oscillation(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """How often signs changed over the training, and what was left of loss and flips in its last tenth."""
+    logs = [log for log in log_history if "flip_ratio" in log]
+    steps = [log["step"] - before for log, before in zip(logs, [0, *(log["step"] for log in logs)], strict=False)]
+    late = [log for log in logs if log["step"] > 0.9 * logs[-1]["step"]]
+    return {
+        "flips_per_weight": sum(log["flip_ratio"] * count for log, count in zip(logs, steps, strict=True)),
+        "flip_backs_per_weight": sum(log["flip_back_ratio"] * count for log, count in zip(logs, steps, strict=True)),
+        "late_flip_ratio": sum(log["flip_ratio"] for log in late) / len(late),
+        "late_loss": sum(log["loss"] for log in late) / len(late),
+    }
 
 
 def command(job: Job) -> str:

@@ -61,7 +61,7 @@ TRAINING: dict[str, TrainingDefaults] = {
     "qnli": TrainingDefaults(128,    32,       5e-5,      2,       1e-3,      2),
     "rte":  TrainingDefaults(128,    32,       5e-5,      5,       1e-3,     20),
     "wnli": TrainingDefaults(128,    32,       5e-5,      5,       1e-3,     10),
-    "demo": TrainingDefaults( 32,    32,       5e-4,      6,       1e-3,      8),
+    "demo": TrainingDefaults( 32,    32,       5e-4,      5,       1e-3,      5),
     "custom": TrainingDefaults(128,  32,      5e-5,      3,       1e-3,     10),
 }  # fmt: skip
 
