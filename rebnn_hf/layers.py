@@ -162,6 +162,11 @@ class BinaryEmbedding(_Latent, nn.Embedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         """`alpha_i * sign(w_i)` for each index i: [...] -> [..., M]."""
+        if len(self.balance) != len(self.weight):
+            raise ValueError(
+                f"the embedding was resized from {len(self.balance)} to {len(self.weight)} tokens after binarize(), "
+                "and the new rows have no scale; call resize_token_embeddings() on the float model, then binarize()."
+            )
         rows = F.embedding(indices, self.weight, self.padding_idx)
         scale = self.weight_scale
         if scale is not None and self.rule.granularity == "row":

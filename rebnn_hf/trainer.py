@@ -189,7 +189,8 @@ class ReBNNTrainer(Trainer):
             target = self.teacher(**unlabelled)
         mask = inputs.get("attention_mask")
         if "logits" in weights:
-            parts["logits"] = self._logits_loss(outputs.logits, target.logits, mask)
+            pairs = zip(_logits(outputs), _logits(target), strict=True)
+            parts["logits"] = sum(self._logits_loss(mine, theirs, mask) for mine, theirs in pairs)
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
                 self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
@@ -268,6 +269,14 @@ def _check_arguments(args: TrainingArguments, teacher) -> None:
         raise ValueError(
             "relation_weight watches modules inside the model, which torch_compile hides; use one of them."
         )
+
+
+def _logits(outputs) -> list[Tensor]:
+    """The answers of a model: one tensor, or start and end of the span in question answering."""
+    logits = [outputs[name] for name in ("logits", "start_logits", "end_logits") if name in outputs]
+    if not logits:
+        raise ValueError(f"logits_weight > 0, but the model returns only {', '.join(outputs)}; set logits_weight=0.")
+    return logits
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -146,3 +146,10 @@ def test_compiled_layer_gives_the_same_gradients():
     latent.zero_grad()
     torch.compile(latent, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
     torch.testing.assert_close((latent.weight.grad, latent.weight_scale.grad), expected)
+
+
+def test_resizing_a_binary_embedding_is_refused_in_words():
+    latent = BinaryEmbedding(4, 3)
+    latent.weight = nn.Parameter(torch.zeros(6, 3))
+    with pytest.raises(ValueError, match=r"resized from 4 to 6 tokens.*on the float model"):
+        latent(torch.tensor([5]))

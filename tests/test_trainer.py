@@ -1,12 +1,13 @@
 """ReBNNTrainer: losses by name, parameter groups, accumulation, resume, teacher, modes, processes."""
 
+import copy
 import os
 import socket
 
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainerCallback, set_seed
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, ReBNNTrainer, ReBNNTrainingArguments, distillation
@@ -142,6 +143,23 @@ def test_regression_matches_logits_by_mse(tmp_path):
     student.train()
     expected = (student(**batch).logits - trainer.teacher(**batch).logits).square().mean()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+
+
+def test_question_answering_matches_both_ends_of_the_span(tmp_path):
+    set_seed(0)
+    teacher = BertForQuestionAnswering(bert().config)
+    student = rebnn_hf.binarize(copy.deepcopy(teacher))
+    data = [{name: item[name] for name in ("input_ids", "attention_mask")} for item in Sentences().items]
+    trainer = trainer_for(tmp_path, student, teacher, data, hidden_weight=0.0)
+    batch = trainer.data_collator(data[:8])
+    student.train()
+    mine, theirs = student(**batch), trainer.teacher(**batch)
+    expected = distillation.kl_divergence(mine.start_logits, theirs.start_logits)
+    expected += distillation.kl_divergence(mine.end_logits, theirs.end_logits)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+    headless = trainer_for(tmp_path, rebnn_hf.binarize(bert().bert), bert().bert, data)
+    with pytest.raises(ValueError, match=r"returns only last_hidden_state.*set logits_weight=0"):
+        headless.compute_loss(headless.model.train(), dict(batch))
 
 
 def test_evaluation_reports_the_task_s_own_loss(tmp_path):
