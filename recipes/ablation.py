@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     grid = [(rule, seed) for seed in arguments.seeds for rule in arguments.rules]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = list(pool.map(lambda point: run(*point, arguments, rest, folder), grid))
+        rows = []
+        for row in pool.map(lambda point: run(*point, arguments, rest, folder), grid):
+            print("{rule:>14}  seed {seed}  score {score:.4f}  flips per weight {flips:.3f}".format(**row), flush=True)
+            rows.append(row)
     write_csv(folder / "ablation.csv", rows)
     table = markdown(rows, arguments.rules, arguments.baseline)
     (folder / "ablation.md").write_text(table + "\n", encoding="utf-8")
@@ -86,9 +89,7 @@ def run(
     if finished.returncode:
         raise SystemExit(f"run {name} failed with exit code {finished.returncode}; see {log.name}")
     results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
-    row = row_of(rule, seed, results, get_task(arguments.task).main_metric)
-    print(f"{rule:>14}  seed {seed}  score {row['score']:.4f}  flips per weight {row['flips']:.3f}", flush=True)
-    return row
+    return row_of(rule, seed, results, get_task(arguments.task).main_metric)
 
 
 def row_of(rule: str, seed: int, results: dict[str, Any], metric: str) -> dict[str, float | int | str]:
