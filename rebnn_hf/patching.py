@@ -69,7 +69,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
 
     Raises:
         TypeError: not a transformers model, or `dtype` is not floating point.
-        ValueError: not a binarized model, or scales that are not finite.
+        ValueError: not a binarized model, or scales that are not finite or do not fit into `dtype`.
     """
     _require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
@@ -84,6 +84,9 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
             f"{len(broken)} layers hold NaN or infinity (first: {broken[0]}); training diverged, "
             "resume from an earlier checkpoint with a smaller learning rate."
         )
+    largest = max((m.scale().max().item() for m in latent.values()), default=0.0)
+    if dtype is not None and largest > torch.finfo(dtype).max:
+        raise ValueError(f"a scale of {largest:.3g} does not fit into {dtype}; use torch.bfloat16 or torch.float32.")
     for name, module in latent.items():
         _replace(model, name, module.pack())
     if dtype is not None:

@@ -65,3 +65,15 @@ def test_training_steps_move_the_models_and_the_balance(tmp_path):
 def test_training_refuses(wrong, capsys):
     with pytest.raises(SystemExit):
         load("training").main(wrong)
+
+
+def test_size_table_agrees_with_the_files(capsys):
+    rows = {row["part"]: row for row in load("size").main(["--layers", "1"])}
+    for column, itemsize in (("fp32 model", 4), ("packed, rest float32", 4), ("packed, rest float16", 2)):
+        total, file = rows["tensors, total"][column], rows["file on disk"][column]
+        parts = sum(row[column] for part, row in rows.items() if part not in ("tensors, total", "file on disk"))
+        assert parts == total
+        assert total < file < total + 16_384  # the header of the file
+        assert rows["head"][column] == (2 * 768 + 2) * itemsize
+    assert rows["encoder"]["packed, rest float32"] * 32 == rows["encoder"]["fp32 model"] == 7_077_888 * 4
+    assert "| word_embeddings | 93,763,584 | 2,930,112 | 2,930,112 |" in capsys.readouterr().out

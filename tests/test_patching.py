@@ -209,6 +209,16 @@ def test_pack_refuses_an_integer_type():
     assert_untouched(model, before)
 
 
+def test_pack_refuses_a_type_too_small_for_the_scales():
+    model = binarize(build())
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight_scale[0] = 1e5
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"scale of 1e\+05 does not fit into torch\.float16"):
+        pack(model, dtype=torch.float16)
+    assert_untouched(model, before)
+
+
 # Names to leave out
 
 
