@@ -52,17 +52,17 @@ class TrainingDefaults:
 # Small tasks get more epochs of distillation.
 TRAINING: dict[str, TrainingDefaults] = {
     #                     length  batch  teacher lr  epochs  student lr  epochs
-    "cola": TrainingDefaults( 64,    32,       5e-5,      4,       1e-3,     20),
+    "cola": TrainingDefaults( 64,    32,       5e-5,      4,       1e-3,      8),
     "sst2": TrainingDefaults( 64,    32,       5e-5,      3,       1e-3,      3),
-    "mrpc": TrainingDefaults(128,    32,       5e-5,      4,       1e-3,     20),
-    "stsb": TrainingDefaults(128,    32,       5e-5,      4,       1e-3,     20),
+    "mrpc": TrainingDefaults(128,    32,       5e-5,      4,       1e-3,      8),
+    "stsb": TrainingDefaults(128,    32,       5e-5,      4,       1e-3,      6),
     "qqp":  TrainingDefaults(128,    32,       5e-5,      2,       1e-3,      2),
     "mnli": TrainingDefaults(128,    32,       5e-5,      2,       1e-3,      2),
     "qnli": TrainingDefaults(128,    32,       5e-5,      2,       1e-3,      2),
-    "rte":  TrainingDefaults(128,    32,       5e-5,      5,       1e-3,     20),
-    "wnli": TrainingDefaults(128,    32,       5e-5,      5,       1e-3,     10),
+    "rte":  TrainingDefaults(128,    32,       5e-5,      4,       1e-3,      8),
+    "wnli": TrainingDefaults(128,    32,       5e-5,      4,       1e-3,      8),
     "demo": TrainingDefaults( 32,    32,       5e-4,      5,       1e-3,      5),
-    "custom": TrainingDefaults(128,  32,      5e-5,      3,       1e-3,     10),
+    "custom": TrainingDefaults(128,  32,      5e-5,      3,       1e-3,      8),
 }  # fmt: skip
 
 
