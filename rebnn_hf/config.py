@@ -23,7 +23,8 @@ class ReBNNConfig(QuantizationConfigMixin):
 
     Args:
         weight_scale, scale_granularity, scale_gradient, weight_center, center_gradient, weight_ste, ste_slope:
-            the weight rule, see `functional.WeightRule`. Default: ReBNN. Closed-form BWN: `weight_scale="mean_abs"`.
+            the weight rule, see `functional.WeightRule`. Default: ReBNN. Closed-form
+            BWN: `weight_scale="mean_abs"` with `balance_rule="none"`.
         balance_rule, balance_value, balance_lower, balance_upper, balance_form, balance_strength: the balance rule,
             see `functional.BalanceRule`. Default: the paper's.
         word_embeddings: binarize the word embeddings (one scale per token).

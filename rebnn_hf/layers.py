@@ -24,7 +24,7 @@ class _Latent:
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         if rule.scale == "learned":
             size = rows if rule.granularity == "row" else 1
-            self.weight_scale = nn.Parameter(torch.empty(size, **like))
+            self.weight_scale = nn.Parameter(torch.empty(size, **like), requires_grad=self.weight.requires_grad)
         else:
             self.register_parameter("weight_scale", None)
         # Not called gamma: checkpoint loaders rename keys that contain it.
@@ -117,7 +117,7 @@ class BinaryLinear(_Latent, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`alpha * (x b^T) + bias`: [..., M] -> [..., O]."""
         signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule, dtype=_compute_dtype(x, self.weight))
-        return _scale_and_shift(F.linear(x, signs), scale, self.bias)
+        return _binary_linear(x, signs, scale, self.bias)
 
     def pack(self) -> PackedLinear:
         """Inference form with the same bits, scales and bias."""
@@ -212,7 +212,7 @@ class PackedLinear(_Packed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""
         signs = unpack_signs(self.weight, self.in_features, _compute_dtype(x, self.weight_scale))
-        return _scale_and_shift(F.linear(x, signs), self.weight_scale, self.bias)
+        return _binary_linear(x, signs, self.weight_scale, self.bias)
 
     def to_float(self) -> nn.Linear:
         """Plain `nn.Linear` with weight `scale * b`."""
@@ -268,10 +268,15 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _scale_and_shift(product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`product * scale + bias` in the type of the product: type promotion would undo autocast."""
-    scale = scale.to(product.dtype)
-    return product * scale if bias is None else torch.addcmul(bias.to(product.dtype), product, scale)
+def _binary_linear(x: Tensor, signs: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`scale * (x b^T) + bias` in the type of the signs: promotion by float32 scales would undo autocast."""
+    scale = scale.to(signs.dtype)
+    bias = None if bias is None else bias.to(signs.dtype)
+    if signs.dtype == torch.float16:
+        # A sum of M unscaled inputs can pass 65504 where the scaled one does not.
+        return F.linear(x, signs * scale.unsqueeze(-1), bias)
+    product = F.linear(x, signs)
+    return product * scale if bias is None else torch.addcmul(bias, product, scale)
 
 
 def _take_over(latent, source: nn.Module):

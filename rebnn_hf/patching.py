@@ -65,11 +65,11 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
             the smallest file; default: unchanged.
 
     Returns:
-        The same model, ready for `save_pretrained`. A packed model is returned unchanged.
+        The same model, ready for `save_pretrained`. Of a packed model only the type is changed, if one is given.
 
     Raises:
         TypeError: not a transformers model, or `dtype` is not floating point.
-        ValueError: not a binarized model, or scales that are not finite or do not fit into `dtype`.
+        ValueError: not a binarized model, or values that are not finite or do not fit into `dtype`.
     """
     _require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
@@ -77,18 +77,10 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     config = saved_config(model)
     if config is None:
         raise ValueError("pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it.")
-    latent = {name: m for name, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
-    broken = [name for name, m in latent.items() if not (m.scale().isfinite().all() and m.weight.isfinite().all())]
-    if broken:
-        raise ValueError(
-            f"{len(broken)} layers hold NaN or infinity (first: {broken[0]}); training diverged, "
-            "resume from an earlier checkpoint with a smaller learning rate."
-        )
-    largest = max((m.scale().max().item() for m in latent.values()), default=0.0)
-    if dtype is not None and largest > torch.finfo(dtype).max:
-        raise ValueError(f"a scale of {largest:.3g} does not fit into {dtype}; use torch.bfloat16 or torch.float32.")
-    for name, module in latent.items():
-        _replace(model, name, module.pack())
+    _check_values(model, dtype)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LATENT_TYPES):
+            _replace(model, name, module.pack())
     if dtype is not None:
         _cast_float(model, dtype)
     config.state = "packed"
@@ -308,6 +300,19 @@ def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on
         if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
             raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
     _check_unshared(model, targets, config)
+
+
+def _check_values(model, dtype: torch.dtype | None) -> None:
+    tensors = {name: t for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} tensors hold NaN or infinity (first: {broken[0]}); training diverged, "
+            "resume from an earlier checkpoint with a smaller learning rate."
+        )
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.abs().max() > torch.finfo(dtype).max:
+            raise ValueError(f"{name} has values that do not fit into {dtype}; use torch.bfloat16 or torch.float32.")
 
 
 def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -> None:

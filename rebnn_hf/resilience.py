@@ -8,14 +8,17 @@ it skips a step). The reconstruction term therefore enters exactly once per step
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from .config import ReBNNConfig
 from .functional import (
     BalanceRule,
     balance,
+    center,
     decoupled_share,
     is_positive,
     largest_gradient,
@@ -29,6 +32,9 @@ _attached: weakref.WeakSet = weakref.WeakSet()
 
 NEAR_ZERO = 0.1
 """A latent weight is near its flipping point where |w| < 0.1 alpha."""
+
+BLOCK = 2**17
+"""Weights in a block of rows on a CPU: with gradient, signs and intermediate results it stays in the L2 cache."""
 
 
 @dataclass
@@ -120,23 +126,20 @@ class Resilience:
         _refuse_hidden_gradients(optimizer, args, kwargs)
         for layer in self._layers.values():
             module = layer.module
-            grad = module.weight.grad
-            if grad is None:  # not part of this step: the optimizer leaves the weight alone, and so does the rule
+            if module.weight.grad is None:  # not part of this step: the optimizer leaves the weight alone, so do we
                 continue
-            centered, scale = module.centered(), module.scale()
-            layer.signs = is_positive(centered)
-            layer.largest_grad = largest_gradient(grad, scale, module.rule)
+            layer.signs = torch.empty_like(module.weight, dtype=torch.bool)
+            layer.largest_grad = torch.empty_like(module.balance)
+            scale = module.scale()
+            scales = scale.expand_as(module.balance)  # also where there is one for the tensor
+            for rows in _row_blocks(module):
+                layer.signs[rows] = is_positive(center(module.weight[rows], module.rule))
+                layer.largest_grad[rows] = largest_gradient(module.weight.grad[rows], scales[rows], module.rule)
             if self.rule.form == "gradient":
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
                     module.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
-                self._add_reconstruction(module, centered, layer.signs, scale)
-
-    def _add_reconstruction(self, module, centered: Tensor, signs: Tensor, scale: Tensor) -> None:
-        """Add the gradients of L_R (A2) to those of the task."""
-        by_weight, by_scale = reconstruction_gradients(centered, signs, scale, module.balance)
-        module.weight.grad.add_(_through_centering(by_weight, module.rule))
-        if module.weight_scale is not None and module.weight_scale.grad is not None:
-            module.weight_scale.grad.addcmul_(by_scale, torch.sign(module.weight_scale))  # the layer uses |a|
+                for rows in _held_blocks(module):
+                    _add_reconstruction(module, rows, layer.signs, scale)
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
@@ -145,19 +148,23 @@ class Resilience:
             if layer.signs is None:
                 continue
             module = layer.module
-            flipped = module.signs() != layer.signs
-            flips = _true_per_row(flipped)
+            flips, flips_back = torch.zeros_like(module.balance, dtype=torch.int32).repeat(2, 1)
+            for rows in _row_blocks(module):
+                signs = is_positive(center(module.weight[rows], module.rule))
+                flipped = layer.signs[rows].bitwise_xor_(signs)  # in place of the signs, which are done with
+                flips[rows] = _true_per_row(flipped)
+                if layer.flipped is not None:
+                    flips_back[rows] = _true_per_row(flipped & layer.flipped[rows])
             layer.count("steps", 1)
             layer.count("flips", flips.sum())
-            layer.count("flip_backs", 0 if layer.flipped is None else _true_per_row(flipped & layer.flipped).sum())
-            share = flips / module.weight.shape[-1]
-            share = share.to(module.balance.dtype)
+            layer.count("flip_backs", flips_back.sum())
+            share = flips.to(module.balance.dtype) / module.weight.shape[-1]
             if self.rule.form == "decoupled":
                 module.balance.copy_(decoupled_share(share, self.rule))
                 self._pull(module, paces[id(module.weight)])
             else:
                 module.balance.copy_(balance(share, layer.largest_grad, self.rule))
-            layer.flipped, layer.signs, layer.largest_grad = flipped, None, None
+            layer.flipped, layer.signs, layer.largest_grad = layer.signs, None, None
 
     def _pull(self, module, pace: float) -> None:
         """Decoupled form: move the weight toward alpha b by the normalised balance (see `decoupled_share`)."""
@@ -178,7 +185,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
     Args:
         optimizer: a torch optimizer (or accelerate's wrapper of one) that holds the latent weights.
         model: holds layers made by `binarize`; frozen ones are left alone.
-        rule: default the paper's.
+        rule: default that of the config the model was binarized with; without one, the paper's.
 
     Returns:
         The handle: `statistics()`, `reconstruction_loss()`, `detach()`.
@@ -215,7 +222,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
     if sharded:
         raise ValueError(f"the weight of {sharded[0]} is sharded, and flips are counted per row; use DDP, not FSDP.")
     layers = {name: _Layer(module) for name, module in latent.items()}
-    return Resilience(optimizer, layers, rule or BalanceRule())
+    return Resilience(optimizer, layers, rule or _configured_rule(model))
 
 
 def overall(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -232,11 +239,57 @@ def _true_per_row(mask: Tensor) -> Tensor:
     return mask.sum(-1, dtype=torch.int32)
 
 
+def _row_blocks(module) -> list[slice]:
+    """Rows of a weight in blocks that stay in the cache of a CPU from one operation to the next."""
+    rows, size = len(module.weight), _rows_per_block(module)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _held_blocks(module) -> Sequence[slice | Tensor]:
+    """Blocks of the rows that have a balance: few, once training settles and few weights flip in a step.
+
+    On GPUs, which would have to wait for the index, all rows; also where most have one, and picking them costs more.
+    """
+    if not _in_blocks(module):
+        return _row_blocks(module)
+    held = module.balance.nonzero().squeeze(-1)
+    return _row_blocks(module) if 2 * len(held) > len(module.balance) else held.split(_rows_per_block(module))
+
+
+def _rows_per_block(module) -> int:
+    rows, width = module.weight.shape
+    return max(1, BLOCK // width) if _in_blocks(module) else rows
+
+
+def _in_blocks(module) -> bool:
+    """Blocks do not help on GPUs, and a mean of the whole tensor depends on all rows."""
+    return module.weight.device.type == "cpu" and module.rule.center != "tensor"
+
+
+def _add_reconstruction(module, rows: slice | Tensor, signs: Tensor, scale: Tensor) -> None:
+    """Add the gradients of L_R (A2) in some rows to those of the task."""
+    centered = center(module.weight[rows], module.rule)
+    by_row = rows if module.rule.granularity == "row" else slice(None)
+    by_weight, by_scale = reconstruction_gradients(centered, signs[rows], scale[by_row], module.balance[rows])
+    module.weight.grad[rows] += _through_centering(by_weight, module.rule)
+    if module.weight_scale is not None and module.weight_scale.grad is not None:
+        module.weight_scale.grad[by_row] += by_scale * torch.sign(module.weight_scale[by_row])  # the layer uses |a|
+
+
 def _through_centering(grad: Tensor, rule) -> Tensor:
     """Gradient of the centered weights -> gradient of the weights: P = I - 11^T/M where centering has a Jacobian."""
     if rule.center == "none" or not rule.center_gradient:
         return grad
     return grad - (grad.mean(-1, keepdim=True) if rule.center == "row" else grad.mean())
+
+
+def _configured_rule(model: nn.Module) -> BalanceRule:
+    """The rule in the config of a model, which may be wrapped (DDP, torch.compile)."""
+    for module in model.modules():
+        config = getattr(getattr(module, "config", None), "quantization_config", None)
+        if isinstance(config, ReBNNConfig):
+            return config.balance()
+    return BalanceRule()
 
 
 def _paces(optimizer) -> dict[int, float]:

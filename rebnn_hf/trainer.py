@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from . import distillation
 from .layers import LATENT_TYPES, PACKED_TYPES
-from .patching import saved_config
+from .plotting import plot_oscillation
 from .resilience import Resilience, attach, overall
+
+logger = logging.get_logger(__name__)
 
 LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
 HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
@@ -64,6 +68,10 @@ class ReBNNTrainingArguments(TrainingArguments):
             "help": "Log oscillation statistics over all layers, or of each layer.",
             "choices": ("total", "layer"),
         },
+    )
+
+    plot_oscillation: bool = field(
+        default=True, metadata={"help": "Draw the oscillation statistics to output_dir/oscillation.png after training."}
     )
 
     def __post_init__(self):
@@ -119,6 +127,11 @@ class ReBNNTrainer(Trainer):
         args = args or ReBNNTrainingArguments()
         _check_arguments(args, teacher)
         super().__init__(model=model, args=args, **kwargs)
+        if self.compute_loss_func is not None and teacher is not None and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "compute_loss_func is expected to divide by the items of the whole accumulated batch, which the "
+                "losses on the teacher do not; use gradient_accumulation_steps=1 or no compute_loss_func."
+            )
         # transformers takes BERT's **kwargs for a loss normalised over the global batch, which it is not: loss and
         # gradients would grow with accumulation steps and processes (transformers issue 47688).
         self.model_accepts_loss_kwargs = False
@@ -133,11 +146,20 @@ class ReBNNTrainer(Trainer):
         """Optimizer with parameter groups for latent weights, scales and the rest, under the balance rule."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if self.resilience is None and any(True for _ in _latent_parameters(self.model)):
+        if given and self.resilience is not None:
+            return optimizer
+        if any(True for _ in _latent_parameters(self.model)):
             if not given:
                 self._regroup(optimizer)
-            self.resilience = attach(optimizer, self.model, saved_config(self.model).balance())
+            self.resilience = attach(optimizer, self.model)
         return optimizer
+
+    def train(self, *args, **kwargs):
+        """Train as transformers does, then draw the oscillation statistics to `output_dir/oscillation.png`."""
+        result = super().train(*args, **kwargs)
+        if self.args.plot_oscillation and self.resilience is not None and self.is_world_process_zero():
+            self._plot()
+        return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Distillation loss in training; in evaluation the task's own loss."""
@@ -155,6 +177,14 @@ class ReBNNTrainer(Trainer):
         if "loss" in logs:
             logs = {**logs, **self._mean_losses(), **self._oscillation()}
         super().log(logs, start_time)
+
+    def _plot(self) -> None:
+        if find_spec("matplotlib") is None:
+            logger.warning(
+                "oscillation.png was not drawn: pip install 'rebnn_hf[plot]', or set plot_oscillation=False."
+            )
+        elif any("flip_ratio" in log for log in self.state.log_history):
+            plot_oscillation(self.state.log_history, Path(self.args.output_dir) / "oscillation.png")
 
     def _weights(self) -> dict[str, float]:
         """Weights of the losses in use."""
@@ -183,13 +213,13 @@ class ReBNNTrainer(Trainer):
                 parts["labels"], outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             else:
                 outputs = model(**unlabelled)
-        if self.teacher is None:
+        if weights.keys() <= {"labels"}:
             return parts, outputs
         with torch.no_grad(), _captured_projections(self.teacher, relations) as teacher_projections:
             target = self.teacher(**unlabelled)
         mask = inputs.get("attention_mask")
         if "logits" in weights:
-            pairs = zip(_logits(outputs), _logits(target), strict=True)
+            pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
             parts["logits"] = sum(self._logits_loss(mine, theirs, mask) for mine, theirs in pairs)
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
@@ -249,7 +279,9 @@ class ReBNNTrainer(Trainer):
         if self.resilience is None:
             return {}
         layers = self.resilience.statistics()
-        logs = {"loss_reconstruction": self.resilience.reconstruction_loss(), **overall(layers)}
+        logs = overall(layers)
+        if self.resilience.rule.form == "gradient":  # the decoupled form minimises no loss
+            logs["loss_reconstruction"] = self.resilience.reconstruction_loss()
         if self.args.log_oscillation == "layer":
             for name, statistics in layers.items():
                 logs |= {f"{what}/{name}": value for what, value in statistics.items() if what != "weights"}
@@ -271,12 +303,16 @@ def _check_arguments(args: TrainingArguments, teacher) -> None:
         )
 
 
-def _logits(outputs) -> list[Tensor]:
-    """The answers of a model: one tensor, or start and end of the span in question answering."""
-    logits = [outputs[name] for name in ("logits", "start_logits", "end_logits") if name in outputs]
-    if not logits:
+def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
+    """The answers of a model: one tensor, or start and end of the span in question answering, without padding."""
+    if "logits" in outputs:
+        return [outputs["logits"]]
+    if "start_logits" not in outputs:
         raise ValueError(f"logits_weight > 0, but the model returns only {', '.join(outputs)}; set logits_weight=0.")
-    return logits
+    spans = [outputs["start_logits"], outputs["end_logits"]]
+    if mask is None:
+        return spans
+    return [logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min) for logits in spans]
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -315,6 +351,11 @@ def _projections(model: nn.Module) -> list[nn.Module]:
 
 def _relations_loss(student: list[Tensor], teacher: list[Tensor], model, mask: Tensor | None) -> Tensor:
     """Direction-matching distances (BiBERT B4) summed over layers and over Q, K and V."""
+    if not all(projection.requires_grad for projection in student):
+        raise ValueError(
+            "relation_weight > 0 reached no gradient: reentrant gradient checkpointing hides the projections; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False} or relation_weight=0."
+        )
     heads = model.config.num_attention_heads
     layers = distillation.uniform_layer_map(len(student) // 3, len(teacher) // 3)[1:]
     matched = [teacher[3 * (layer - 1) + which] for layer in layers for which in range(3)]

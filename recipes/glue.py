@@ -23,7 +23,8 @@ from glue_arguments import parse_arguments
 from glue_grammar import demo_model_config
 from glue_job import Job, load_pretrained, prepare
 from glue_report import print_summary, write_report
-from glue_tasks import GlueTask, compute_metrics, predictions_of, submission_name, write_submission
+from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
+from glue_tasks import GlueTask
 from glue_training import (
     STATE_FILE,
     DistillationTrainer,
@@ -47,8 +48,6 @@ from transformers import (
 
 import rebnn_hf
 from rebnn_hf import ReBNNTrainingArguments
-
-WARM_UP = 0.06  # of the steps, followed by a linear decay to zero
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,6 +123,7 @@ def distil_student(job: Job) -> dict[str, Any]:
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         log_oscillation="layer",
+        plot_oscillation=False,  # the report draws it, also after an interruption
         **job.arguments.losses(),
     )
     set_seed(job.arguments.run.seed)
@@ -218,7 +218,7 @@ def training_arguments(kind: type[TrainingArguments], job: Job, stage: str, **sp
     return kind(
         output_dir=str(job.run.folder(stage)),
         per_device_train_batch_size=job.arguments.student.batch_size // job.process.num_processes,
-        warmup_steps=WARM_UP,
+        warmup_steps=job.arguments.student.warm_up,
         lr_scheduler_type="linear",
         save_steps=run.save_steps,
         save_total_limit=1,

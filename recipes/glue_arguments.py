@@ -67,9 +67,12 @@ class StudentArguments:
     batch_size: int | None = _option("examples per step, over all processes; default: the task's")
     dropout: float = _option("of the student; it imitates a teacher without dropout", default=0.0)
     train_embeddings: bool = _option("train the float embeddings too, not only what reads them", default=False)
+    warm_up: float = _option("share of the steps before the learning rate falls linearly to 0", default=0.06)
+    latent_weight_decay: float | None = _option("weight decay of the latent weights")
     hidden_loss: Literal["relative_mse", "mse", "direction"] | None = _option("distance between hidden states")
     hidden_weight: float | None = _option("weight of the hidden-state loss")
     logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = _option("distance between logits")
+    logits_weight: float | None = _option("weight of the logits loss")
     temperature: float | None = _option("of the logits loss")
     label_weight: float | None = _option("weight of the loss against the labels")
     relation_weight: float | None = _option("weight of the query/key/value relation loss")
@@ -88,9 +91,17 @@ class BinaryArguments:
     balance_lower: float | None = _option("lower bound of the balance")
     balance_upper: float | None = _option("upper bound of the balance")
     weight_scale: Literal["learned", "mean_abs"] | None = _option("where the scales come from")
+    scale_granularity: Literal["row", "tensor"] | None = _option("one scale for each row or for each tensor")
+    scale_gradient: Literal["none", "exact", "xnor"] | None = _option("gradient through a closed-form scale")
     weight_center: Literal["none", "row", "tensor"] | None = _option("mean taken off before the sign")
+    weight_ste: Literal["clip", "identity"] | None = _option("window of the straight-through gradient")
+    ste_slope: Literal["scale", "unit"] | None = _option("slope of the straight-through gradient")
     word_embeddings: bool = _option("make the word embeddings 1-bit too", default=False)
     pooler: bool = _option("make the pooler 1-bit too", default=False)
+    head: bool = _option("make the linear layers of the head 1-bit too", default=False)
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "names of modules to leave float", "nargs": "+"}
+    )
 
     def config(self) -> ReBNNConfig:
         """The configuration these options describe."""
@@ -136,6 +147,24 @@ class Arguments:
         if data.train_file is not None and (data.task is not None or data.data_dir is not None):
             raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
         self.binary.config()
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """What the Trainer would refuse only after the teacher has been trained."""
+        student, run = self.student, self.run
+        positive = {name: getattr(student, name) for name in ("batch_size", "epochs", "temperature", "learning_rate")}
+        positive |= {name: getattr(student, name) for name in ("latent_learning_rate", "scale_learning_rate")}
+        positive |= {"save_steps": run.save_steps, "logging_steps": run.logging_steps}
+        positive |= asdict(self.teacher, dict_factory=lambda items: {k: v for k, v in items if not isinstance(v, str)})
+        for name, value in positive.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be greater than 0")
+        weights = ("hidden_weight", "logits_weight", "label_weight", "relation_weight", "latent_weight_decay")
+        for name in weights:
+            if (getattr(student, name) or 0) < 0:
+                raise ValueError(f"--{name} {getattr(student, name)} must not be negative")
+        if not 0 <= student.warm_up < 1:
+            raise ValueError(f"--warm_up {student.warm_up} is a share of the steps: at least 0 and less than 1")
 
     def fill_in(self, task: GlueTask) -> None:
         """Gives every option left out the default of `task`."""
@@ -188,6 +217,7 @@ class Arguments:
                 "max_length": self.data.max_length,
                 **asdict(self.teacher),
                 "batch_size": self.student.batch_size,
+                "warm_up": self.student.warm_up,
                 "bf16": self.run.bf16,
                 "seed": self.run.seed,
             },

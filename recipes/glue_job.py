@@ -14,9 +14,10 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from glue_arguments import Arguments
+from glue_files import custom_task, load_files
 from glue_grammar import build_demo_tokenizer
 from glue_stages import RunFolder
-from glue_tasks import GlueTask, custom_task, get_task, load_files, load_task
+from glue_tasks import GlueTask, get_task, load_task
 from glue_training import device_arguments, remove_checkpoints
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

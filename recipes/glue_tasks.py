@@ -1,31 +1,24 @@
-"""The data of `glue.py`: the nine GLUE tasks, the embedded demo and files of one's own, all in one form.
+"""The data of `glue.py`: the nine GLUE tasks and the embedded demo, all in one form.
 
-Whatever the source (the Hub, the TSV files that gluebenchmark.com hands out, CSV or JSON files), a loaded
+Whatever the source (the Hub, the TSV files that gluebenchmark.com hands out, or, in `glue_files`, your own), a loaded
 task has the columns `sentence1`, for pairs `sentence2`, and `label`: a class id of a `ClassLabel` feature, or
 a float for regression. Rows of a test split have an `index` and, in GLUE, no label.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import evaluate
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from glue_grammar import LABELS as DEMO_LABELS
 from glue_grammar import demo_dataset
-from transformers import EvalPrediction
 
 HUB_DATASET = "nyu-mll/glue"
-METRIC_FOLDER = Path(__file__).resolve().parent / "metrics" / "glue"
-SCORE_RANGE = (0.0, 5.0)  # of STS-B
-_PAIR = ("sentence1", "sentence2")
+PAIR = ("sentence1", "sentence2")
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class GlueTask(TrainingDefaults):
         sentences: The sentence columns, one or two, as the Hub's data set calls them.
         labels: The label names in the order of their ids; None for regression.
         metrics: What GLUE reports.
-        main_metric: The one that chooses the best checkpoint; higher is better.
+        main_metric: The one to compare models by; higher is better.
         folder: The name of the task's folder among the original files; None if there are none.
         file_columns: The header names of the sentences in the original files, or their column numbers where
             there is no header.
@@ -106,7 +99,7 @@ class GlueTask(TrainingDefaults):
     @property
     def sentence_columns(self) -> tuple[str, ...]:
         """The sentence columns of the loaded data: `sentence1` and, for pairs, `sentence2`."""
-        return _PAIR[: len(self.sentences)]
+        return PAIR[: len(self.sentences)]
 
     @property
     def metric_configuration(self) -> str:
@@ -122,7 +115,7 @@ class GlueTask(TrainingDefaults):
         return Features({**{column: Value("string") for column in self.sentence_columns}, "label": label})
 
 
-def _task(
+def define(
     name: str, sentences: Sequence[str], labels: Sequence[str] | None, metrics: Sequence[str], **files: object
 ) -> GlueTask:
     """Joins a line of the table below with its training defaults; the first metric is the main one."""
@@ -138,30 +131,30 @@ def _task(
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
-_CORRELATIONS = ("pearson", "spearmanr")
+CORRELATIONS = ("pearson", "spearmanr")
 
 TASKS: dict[str, GlueTask] = {
     task.name: task
     for task in (
-        _task("cola", ["sentence"], ["unacceptable", "acceptable"], ["matthews_correlation"],
+        define("cola", ["sentence"], ["unacceptable", "acceptable"], ["matthews_correlation"],
               folder="CoLA", file_columns=(3,), file_label=1),
-        _task("sst2", ["sentence"], ["negative", "positive"], ["accuracy"],
+        define("sst2", ["sentence"], ["negative", "positive"], ["accuracy"],
               folder="SST-2", file_columns=("sentence",)),
-        _task("mrpc", _PAIR, ["not_equivalent", "equivalent"], ["accuracy", "f1"],
+        define("mrpc", PAIR, ["not_equivalent", "equivalent"], ["accuracy", "f1"],
               folder="MRPC", file_columns=("#1 String", "#2 String"), file_label="Quality"),
-        _task("stsb", _PAIR, None, _CORRELATIONS,
-              folder="STS-B", file_columns=_PAIR, file_label="score"),
-        _task("qqp", ["question1", "question2"], ["not_duplicate", "duplicate"], ["accuracy", "f1"],
+        define("stsb", PAIR, None, CORRELATIONS,
+              folder="STS-B", file_columns=PAIR, file_label="score"),
+        define("qqp", ["question1", "question2"], ["not_duplicate", "duplicate"], ["accuracy", "f1"],
               folder="QQP", file_columns=("question1", "question2"), file_label="is_duplicate"),
-        _task("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], ["accuracy"],
-              folder="MNLI", file_columns=_PAIR, file_label="gold_label", text_labels=True),
-        _task("qnli", ["question", "sentence"], _ENTAILMENT, ["accuracy"],
+        define("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], ["accuracy"],
+              folder="MNLI", file_columns=PAIR, file_label="gold_label", text_labels=True),
+        define("qnli", ["question", "sentence"], _ENTAILMENT, ["accuracy"],
               folder="QNLI", file_columns=("question", "sentence"), text_labels=True),
-        _task("rte", _PAIR, _ENTAILMENT, ["accuracy"],
-              folder="RTE", file_columns=_PAIR, text_labels=True),
-        _task("wnli", _PAIR, ["not_entailment", "entailment"], ["accuracy"],
-              folder="WNLI", file_columns=_PAIR),
-        _task("demo", ["sentence1"], DEMO_LABELS, ["accuracy"]),
+        define("rte", PAIR, _ENTAILMENT, ["accuracy"],
+              folder="RTE", file_columns=PAIR, text_labels=True),
+        define("wnli", PAIR, ["not_entailment", "entailment"], ["accuracy"],
+              folder="WNLI", file_columns=PAIR),
+        define("demo", ["sentence1"], DEMO_LABELS, ["accuracy"]),
     )
 }  # fmt: skip
 
@@ -339,7 +332,7 @@ def _read_tsv(path: Path, columns: Sequence[str | int], has_header: bool) -> tup
 
 def _parse_label(task: GlueTask, text: str, path: Path, row: int) -> int | float:
     if task.labels is None:
-        score = _number(text)
+        score = number_in(text)
         if score is None:
             raise ValueError(f"{path}, line {row}: the score must be a number, found {text!r}")
         return score
@@ -355,252 +348,10 @@ def _parse_index(text: str, path: Path, row: int) -> int:
     return int(text)
 
 
-def _number(value: object) -> float | None:
+def number_in(value: object) -> float | None:
     """Returns the finite number that `value` is or spells, otherwise None."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-# ----------------------------------------------------------------------------------------- files of one's own
-
-
-def load_files(train_file: str | Path, validation_file: str | Path, test_file: str | Path | None = None) -> DatasetDict:
-    """Loads labelled sentences, or pairs, from .csv, .tsv, .json (a list of objects) or .jsonl files.
-
-    The first sentence is in the column `sentence1`, `sentence` or `text`, an optional second one in
-    `sentence2`, the label in `label`; other columns are ignored. The labels of the training file decide the
-    kind of task: whole numbers and words are classes, with ids in sorted order; numbers of which some have a
-    decimal point mean regression. CSV files follow the usual quoting; in TSV files, as in GLUE's, quotes are
-    ordinary text.
-
-    Args:
-        train_file: For training.
-        validation_file: For evaluation; in classification, its labels must occur in the training file.
-        test_file: For predictions; its label column is optional.
-
-    Returns:
-        The splits `train`, `validation` and, if given, `test`, with the row number (from 0) as its `index`.
-        `custom_task` derives the task from it.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a file has another extension, lacks a column, or has malformed rows or unknown labels.
-    """
-    paths = {"train": Path(train_file), "validation": Path(validation_file)}
-    if test_file is not None:
-        paths["test"] = Path(test_file)
-    for path in paths.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-    tables = {split: _read_table(path) for split, path in paths.items()}
-    sentence_columns = [column for column in _PAIR if column in tables["train"]]
-    _check_columns(tables, paths, sentence_columns)
-
-    label_names = _label_names(tables["train"]["label"], paths["train"])
-    splits = DatasetDict()
-    for split, table in tables.items():
-        data: dict[str, list] = {column: table[column] for column in sentence_columns}
-        features = {column: Value("string") for column in sentence_columns}
-        if "label" in table:
-            data["label"] = _encode_labels(table["label"], label_names, paths[split], paths["train"])
-            features["label"] = Value("float32") if label_names is None else ClassLabel(names=label_names)
-        if split == "test":
-            data["index"] = list(range(len(data["sentence1"])))
-            features["index"] = Value("int64")
-        splits[split] = Dataset.from_dict(data, features=Features(features))
-    return splits
-
-
-def custom_task(dataset: DatasetDict) -> GlueTask:
-    """Describes what `load_files` has loaded: a task named `custom`."""
-    features = dataset["train"].features
-    sentences = [column for column in _PAIR if column in features]
-    if isinstance(features["label"], ClassLabel):
-        return _task("custom", sentences, features["label"].names, ["accuracy"], text_labels=True)
-    return _task("custom", sentences, None, _CORRELATIONS)
-
-
-def _read_table(path: Path) -> dict[str, list]:
-    """Reads a file into columns, with the first sentence column under the name `sentence1`."""
-    if path.suffix not in _READERS:
-        raise ValueError(f"{path} has the extension {path.suffix!r}: expected one of {', '.join(_READERS)}")
-    records = list(_READERS[path.suffix](path))
-    if not records:
-        raise ValueError(f"{path} has no rows")
-    first = next((name for name in ("sentence1", "sentence", "text") if name in records[0]), None)
-    if first is None:
-        found = ", ".join(map(str, records[0]))
-        raise ValueError(f"{path} has no column sentence1, sentence or text; found {found}")
-    wanted = {"sentence1": first, "sentence2": "sentence2", "label": "label"}
-    wanted = {ours: theirs for ours, theirs in wanted.items() if theirs in records[0]}
-    table: dict[str, list] = {ours: [] for ours in wanted}
-    for row, record in enumerate(records, start=1):
-        for ours, theirs in wanted.items():
-            value = record.get(theirs)
-            if value is None or (ours != "label" and not isinstance(value, str)):
-                kind = "a value" if ours == "label" else "a text"
-                raise ValueError(f"{path}, row {row}: expected {kind} in column {theirs!r}, found {value!r}")
-            table[ours].append(value)
-    return table
-
-
-def _read_csv(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _read_plain_tsv(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        for line in file:
-            # A short row lacks keys, which the caller reports with its row number.
-            yield dict(zip(header, line.rstrip("\r\n").split("\t"), strict=False))
-
-
-def _read_json(path: Path) -> Iterator[dict]:
-    """Reads one list of objects, or (always for .jsonl, and recognised in .json) one object a line."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".json" and text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a JSON list of objects nor one JSON object a line: {error}") from error
-    for row, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, row {row}: expected an object, found {record!r}")
-        yield record
-
-
-_READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_plain_tsv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-}
-
-
-def _check_columns(tables: dict[str, dict], paths: dict[str, Path], sentence_columns: Sequence[str]) -> None:
-    for split, table in tables.items():
-        needed = [*sentence_columns] if split == "test" else [*sentence_columns, "label"]
-        missing = [column for column in needed if column not in table]
-        if missing:
-            raise ValueError(f"{paths[split]} lacks the column {', '.join(missing)}")
-        extra = [column for column in _PAIR if column in table and column not in sentence_columns]
-        if extra:
-            raise ValueError(f"{paths[split]} has the column {', '.join(extra)}; {paths['train']} has not")
-
-
-def _label_text(label: object) -> str:
-    """Spells a label, with 1 and "1", and with 1.0 and "1.0", as the same one."""
-    return str(label).strip()
-
-
-def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal()
-
-
-def _label_names(labels: Sequence[object], path: Path) -> list[str] | None:
-    """Returns the class names in the order of their ids, or None where the labels are floats."""
-    texts = {_label_text(label) for label in labels}
-    if all(_is_whole(text) for text in texts):
-        names = sorted(texts, key=int)
-    elif all(_number(text) is not None for text in texts):
-        return None
-    else:
-        names = sorted(texts)
-    if len(names) < 2:
-        raise ValueError(f"{path} has one label only, {names[0]!r}: nothing can be learned from it")
-    return names
-
-
-def _encode_labels(
-    labels: Sequence[object], names: list[str] | None, path: Path, train_path: Path
-) -> list[int] | list[float]:
-    if names is None:
-        scores = [_number(label) for label in labels]
-        if None in scores:
-            row = scores.index(None)
-            raise ValueError(f"{path}, row {row + 1}: expected a number as label, found {labels[row]!r}")
-        return scores
-    ids = {name: index for index, name in enumerate(names)}
-    texts = [_label_text(label) for label in labels]
-    unseen = sorted(set(texts) - ids.keys())
-    if unseen:
-        raise ValueError(f"{path} has labels that {train_path} has not: {', '.join(unseen)}")
-    return [ids[text] for text in texts]
-
-
-# ------------------------------------------------------------------------------------ metrics and submissions
-
-
-def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
-    """Turns logits [N, classes], or [N] or [N, 1] for regression, into class ids or scores [N].
-
-    Raises:
-        ValueError: If a logit is NaN.
-    """
-    logits = np.asarray(logits)
-    if np.isnan(logits).any():
-        raise ValueError("the model's outputs contain NaN: it has diverged, try a lower learning rate")
-    return logits.reshape(len(logits)) if task.is_regression else logits.argmax(-1)
-
-
-def compute_metrics(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Returns the function that the `Trainer` takes as `compute_metrics`: the GLUE metrics of `task`."""
-    metric = evaluate.load(str(METRIC_FOLDER), task.metric_configuration, keep_in_memory=True)
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        outputs = prediction.predictions
-        # With hidden states or attentions switched on, the logits are the first of several outputs.
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        return metric.compute(predictions=predictions_of(task, logits), references=prediction.label_ids)
-
-    return compute
-
-
-def submission_name(task: GlueTask, split: str = "test") -> str:
-    """Returns the file name that gluebenchmark.com expects for a test split, such as `CoLA.tsv`."""
-    if task.name == "mnli":
-        return "MNLI-mm.tsv" if split == "test_mismatched" else "MNLI-m.tsv"
-    return f"{task.folder or task.name}.tsv"
-
-
-def write_submission(
-    path: str | Path, task: GlueTask, indices: Sequence[int], predictions: Sequence[int] | Sequence[float]
-) -> None:
-    """Writes predictions in GLUE's submission form: tab-separated, with the header `index  prediction`.
-
-    Args:
-        path: The file to write.
-        task: Decides the form: ids, names (MNLI, QNLI, RTE, custom classes) or STS-B scores cut to [0, 5].
-        indices: The `index` column of the test split.
-        predictions: Class ids, or scores for regression, as `predictions_of` returns them.
-
-    Raises:
-        ValueError: If the lengths differ or a prediction is no class id or no finite number.
-    """
-    if len(indices) != len(predictions):
-        raise ValueError(f"got {len(predictions)} predictions for {len(indices)} indices")
-    lines = ["index\tprediction"]
-    for index, prediction in zip(indices, predictions, strict=True):
-        lines.append(f"{int(index)}\t{_format_prediction(task, prediction)}")
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-def _format_prediction(task: GlueTask, prediction: float) -> str:
-    if task.labels is None:
-        score = _number(prediction)
-        if score is None:
-            raise ValueError(f"a predicted score must be a finite number, got {prediction!r}")
-        if task.name == "stsb":
-            score = min(max(score, SCORE_RANGE[0]), SCORE_RANGE[1])
-        return f"{score:.3f}"
-    if prediction not in range(len(task.labels)):
-        raise ValueError(f"a class id must be one of 0 to {len(task.labels) - 1}, got {prediction!r}")
-    label = int(prediction)
-    return task.labels[label] if task.text_labels else str(label)

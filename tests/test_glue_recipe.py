@@ -362,12 +362,26 @@ def test_teacher_for_other_labels_is_refused(finished):
         (["--balance_rule", "sometimes"], "invalid choice"),
         (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
         (["--learning", "1"], "unrecognized"),
+        (["--temperature", "0"], "--temperature 0.0 must be greater than 0"),
+        (["--teacher_epochs", "-1"], "--teacher_epochs -1.0 must be greater than 0"),
+        (["--save_steps", "0"], "--save_steps 0 must be greater than 0"),
+        (["--hidden_weight", "-1"], "--hidden_weight -1.0 must not be negative"),
+        (["--warm_up", "1"], "is a share of the steps"),
     ],
 )
 def test_wrong_options_are_explained(options, complaint, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(options)
     assert complaint in capsys.readouterr().err
+
+
+def test_every_weight_rule_can_be_reached():
+    bit = ["--weight_scale", "mean_abs", "--scale_granularity", "tensor", "--weight_center", "tensor"]
+    bit += ["--weight_ste", "identity", "--ste_slope", "unit", "--balance_rule", "none"]
+    bit += ["--modules_to_not_convert", "layer.0", "query"]
+    config = parse_arguments(bit).binary.config()
+    assert (config.weight_ste, config.ste_slope, config.scale_granularity) == ("identity", "unit", "tensor")
+    assert config.modules_to_not_convert == ["layer.0", "query"]
 
 
 def test_options_left_out_take_the_defaults_of_the_task():

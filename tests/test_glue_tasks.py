@@ -16,18 +16,9 @@ from transformers import EvalPrediction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from glue_tasks import (
-    TASKS,
-    compute_metrics,
-    custom_task,
-    get_task,
-    load_files,
-    load_task,
-    predictions_of,
-    submission_name,
-    unify_hub_columns,
-    write_submission,
-)
+from glue_files import custom_task, load_files
+from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
+from glue_tasks import TASKS, get_task, load_task, unify_hub_columns
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "glue"
 

@@ -153,3 +153,21 @@ def test_resizing_a_binary_embedding_is_refused_in_words():
     latent.weight = nn.Parameter(torch.zeros(6, 3))
     with pytest.raises(ValueError, match=r"resized from 4 to 6 tokens.*on the float model"):
         latent(torch.tensor([5]))
+
+
+def test_half_precision_does_not_overflow_where_the_float_layer_does_not():
+    """The sum of 768 inputs of 100 passes 65504; scaled by 0.03 it does not."""
+    latent = BinaryLinear(768, 1, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        latent.weight.fill_(0.03)
+    latent.reset_scale()
+    x = torch.full((1, 768), 100.0, dtype=torch.float16)
+    expected = torch.tensor([[768 * 100 * 0.03]], dtype=torch.float16)
+    torch.testing.assert_close(latent(x), expected, rtol=2e-3, atol=0)
+    assert torch.equal(latent(x), latent.pack()(x))
+
+
+def test_a_frozen_layer_has_a_frozen_scale():
+    source = linear(6).requires_grad_(False)
+    latent = BinaryLinear.from_float(source, WeightRule())
+    assert not any(parameter.requires_grad for parameter in latent.parameters())

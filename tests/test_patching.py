@@ -196,7 +196,9 @@ def test_a_diverged_model_is_not_packed(tensor, value):
     with torch.no_grad():
         getattr(broken, tensor).flatten()[3] = value
     before = snapshot(model)
-    with pytest.raises(ValueError, match=rf"1 layers hold NaN or infinity \(first: {LAST}\); training diverged"):
+    with pytest.raises(
+        ValueError, match=rf"1 tensors hold NaN or infinity \(first: {LAST}\.{tensor}\); training diverged"
+    ):
         pack(model)
     assert_untouched(model, before)
 
@@ -209,12 +211,23 @@ def test_pack_refuses_an_integer_type():
     assert_untouched(model, before)
 
 
+def test_pack_checks_what_stays_float_and_packed_models_too():
+    model = pack(binarize(build()))
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = 1e6
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"classifier\.weight has values that do not fit into torch\.float16"):
+        pack(model, dtype=torch.float16)
+    assert_untouched(model, before)
+    assert pack(model, dtype=torch.bfloat16).classifier.weight.dtype == torch.bfloat16
+
+
 def test_pack_refuses_a_type_too_small_for_the_scales():
     model = binarize(build())
     with torch.no_grad():
         model.bert.encoder.layer[1].output.dense.weight_scale[0] = 1e5
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"scale of 1e\+05 does not fit into torch\.float16"):
+    with pytest.raises(ValueError, match=rf"{LAST}\.weight_scale has values that do not fit into torch\.float16"):
         pack(model, dtype=torch.float16)
     assert_untouched(model, before)
 

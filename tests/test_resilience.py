@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel, set_seed
 
 import rebnn_hf
-from rebnn_hf.functional import BalanceRule, WeightRule, reconstruction_loss, sign
+from rebnn_hf import resilience as resilience_module
+from rebnn_hf.functional import BalanceRule, WeightRule, center, reconstruction_loss, sign
 from rebnn_hf.layers import BinaryEmbedding, BinaryLinear
 from rebnn_hf.resilience import attach, overall
 
@@ -92,6 +94,66 @@ def test_hooks_equal_the_explicit_loss_term(rule, optimizer_class):
         step(reference, loss_of(explicit, x) + term)
         for mine, theirs in zip(hooked.parameters(), explicit.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+WEIGHT_RULES = {
+    "row": WeightRule(),
+    "tensor": WeightRule(granularity="tensor"),
+    "closed-form": WeightRule(scale="mean_abs"),
+    "closed-form-tensor": WeightRule(scale="mean_abs", granularity="tensor"),
+    "centered-row": WeightRule(center="row"),
+    "centered-tensor": WeightRule(center="tensor", granularity="tensor"),
+    "centered-tensor-as-bit": WeightRule(center="tensor", center_gradient=False),
+}
+
+
+@pytest.mark.parametrize("held", [[], [8], [0, 3, 4, 7], [0, 1, 2, 4, 8], list(range(9))], ids=len)
+@pytest.mark.parametrize("kind", [BinaryLinear, BinaryEmbedding])
+@pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
+def test_reconstruction_of_few_rows_in_blocks_is_the_gradient_of_the_whole_loss(rule, kind, held, monkeypatch):
+    """Blocks of two rows, the last one short: whichever rows are held, autograd of L_R over the tensor agrees."""
+    monkeypatch.setattr(resilience_module, "BLOCK", 12)
+    torch.manual_seed(0)
+    latent = kind(*((9, 6) if kind is BinaryEmbedding else (6, 9)), rule=rule, dtype=DOUBLE)
+    with torch.no_grad():
+        latent.weight.copy_(torch.randn(9, 6))
+        latent.reset_scale()
+        latent.balance[held] = 0.1 + torch.rand(len(held), dtype=DOUBLE)
+        if latent.weight_scale is not None:
+            latent.weight_scale[0].neg_()  # the layer uses |a|
+    parameters = [p for p in (latent.weight, latent.weight_scale) if p is not None]
+    task = [torch.randn_like(p) for p in parameters]
+    centered = center(latent.weight, rule)
+    alpha = latent.scale() if latent.weight_scale is None else latent.weight_scale.abs()
+    loss = reconstruction_loss(centered, sign(centered), alpha, latent.balance)
+    expected = torch.autograd.grad(loss, parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    attach(optimizer, latent)
+    for parameter, grad in zip(parameters, task, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+    for parameter, grad, term in zip(parameters, task, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad + term)
+
+
+@pytest.mark.parametrize("balance_rule", ["flip_maxgrad", "maxgrad", "const", "none"])
+@pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
+def test_blocks_change_nothing(rule, balance_rule, monkeypatch):
+    """Weights, balance and statistics are those of one block."""
+    x = torch.randn(8, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+    results = []
+    for block in (1, 12, 2**17):
+        monkeypatch.setattr(resilience_module, "BLOCK", block)
+        latent = layer(rule=rule)
+        optimizer = torch.optim.SGD(latent.parameters(), lr=2.0)
+        resilience = attach(optimizer, latent, BalanceRule(balance_rule, value=0.01))
+        for back_or_forth in (1, -1, 1, -1, 1, -1):
+            step(optimizer, back_or_forth * loss_of(latent, x))
+        results.append({"": latent.weight.detach(), "balance": latent.balance} | resilience.statistics()[""])
+    assert results[0]["flip_ratio"] > 0
+    assert results[0]["flip_back_ratio"] > 0 or balance_rule == "maxgrad"  # which is there to forbid flips
+    for result in results[:-1]:
+        torch.testing.assert_close(result, results[-1])
 
 
 def test_reconstruction_changes_the_steps():
@@ -262,6 +324,31 @@ def test_decoupled_form_pulls_the_weight_after_the_step():
     expected = plain.weight - 0.5 * 0.5 * share.unsqueeze(-1) * (plain.weight - target)
     torch.testing.assert_close(pulled.weight.detach(), expected.detach())
     assert torch.equal(pulled.signs(), plain.signs())
+
+
+def test_the_decoupled_pull_stops_at_the_binary_weight():
+    """However strong, it never passes alpha b."""
+    x = torch.randn(8, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+    pulled = layer()
+    optimizer = torch.optim.AdamW(pulled.parameters(), lr=0.01)
+    attach(optimizer, pulled, BalanceRule(form="decoupled", strength=1e6))
+    step(optimizer, loss_of(pulled, x))
+    held = pulled.balance > 0
+    assert held.any()
+    torch.testing.assert_close(pulled.weight.detach()[held], pulled.binary_weight()[held])
+
+
+def test_attach_takes_the_rule_of_the_model():
+    set_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=9, **sizes))
+    rebnn_hf.binarize(model, rebnn_hf.ReBNNConfig(balance_form="decoupled", balance_strength=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = nn.ModuleDict({"module": model})
+    assert attach(optimizer, wrapped).rule == BalanceRule(form="decoupled", strength=0.3)
+    assert attach(torch.optim.SGD(model.parameters(), lr=0.1), model, BalanceRule("none")).rule.rule == "none"
+    bare = layer()
+    assert attach(torch.optim.SGD(bare.parameters(), lr=0.1), bare).rule == BalanceRule()
 
 
 def test_statistics_count_flips_and_flips_back():

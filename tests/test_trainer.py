@@ -59,6 +59,7 @@ def trainer_for(tmp_path, student=None, teacher="float", dataset=None, callbacks
         "learning_rate": 1e-2,
         "logging_steps": 1,
         "save_strategy": "no",
+        "plot_oscillation": False,
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 3,
@@ -154,8 +155,11 @@ def test_question_answering_matches_both_ends_of_the_span(tmp_path):
     batch = trainer.data_collator(data[:8])
     student.train()
     mine, theirs = student(**batch), trainer.teacher(**batch)
-    expected = distillation.kl_divergence(mine.start_logits, theirs.start_logits)
-    expected += distillation.kl_divergence(mine.end_logits, theirs.end_logits)
+    expected = 0  # the mean over sentences, each without its padding
+    for name in ("start_logits", "end_logits"):
+        for row, length in enumerate(batch["attention_mask"].sum(-1)):
+            pair = mine[name][row : row + 1, :length], theirs[name][row : row + 1, :length]
+            expected += distillation.kl_divergence(*pair) / 8
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
     headless = trainer_for(tmp_path, rebnn_hf.binarize(bert().bert), bert().bert, data)
     with pytest.raises(ValueError, match=r"returns only last_hidden_state.*set logits_weight=0"):
@@ -250,6 +254,42 @@ def test_resume_is_exact(tmp_path, form):
     assert resumed.state.global_step == 6
     assert max(value.max() for name, value in whole.model.state_dict().items() if "balance" in name) > 0
     assert_same(latent_state(whole.model), latent_state(resumed.model))
+
+
+def test_every_run_of_a_search_is_under_the_rule(tmp_path):
+    """With model_init each train() has a new model and optimizer (hyperparameter search)."""
+    trainer = trainer_for(tmp_path, max_steps=2)
+    trainer.model_init = lambda: rebnn_hf.binarize(bert(seed=1))
+    groups = []
+    for _ in range(2):
+        trainer.train()
+        assert trainer.state.log_history[0]["flip_ratio"] > 0
+        groups.append([len(group["params"]) for group in trainer.optimizer.optimizer.param_groups])
+        assert max(m.balance.max() for m in trainer.model.modules() if isinstance(m, rebnn_hf.BinaryLinear)) > 0
+    assert groups[0] == groups[1] and len(groups[0]) == 4
+
+
+def test_hidden_relations_are_refused(tmp_path):
+    """Reentrant checkpointing runs the encoder without a graph: the relation loss would train nothing."""
+    trainer = trainer_for(
+        tmp_path,
+        relation_weight=1.0,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with pytest.raises(ValueError, match="reached no gradient"):
+        trainer.train()
+
+
+def test_a_sum_over_items_cannot_be_mixed_with_distillation(tmp_path):
+    def summed(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    arguments = ReBNNTrainingArguments(str(tmp_path), gradient_accumulation_steps=2, use_cpu=True)
+    student = rebnn_hf.binarize(bert())
+    with pytest.raises(ValueError, match="compute_loss_func is expected to divide"):
+        ReBNNTrainer(model=student, args=arguments, teacher=bert(), compute_loss_func=summed)
+    ReBNNTrainer(model=student, args=arguments, compute_loss_func=summed)
 
 
 def test_teacher_is_frozen_in_eval_mode_and_never_saved(tmp_path):
@@ -356,10 +396,11 @@ def test_two_processes_agree_with_one(tmp_path):
 
 
 def test_plot_of_a_run(tmp_path):
-    trainer = trainer_for(tmp_path, log_oscillation="layer")
+    trainer = trainer_for(tmp_path, log_oscillation="layer", plot_oscillation=True)
     trainer.train()
-    plot_oscillation(trainer.state.log_history, tmp_path / "oscillation.png")
-    assert (tmp_path / "oscillation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "oscillation.png").exists()  # drawn by the trainer itself
+    plot_oscillation(trainer.state.log_history, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ValueError, match="holds no 'flip_ratio'"):
         plot_oscillation([{"loss": 1.0}], tmp_path / "nothing.png")
 
