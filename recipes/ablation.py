@@ -33,8 +33,6 @@ RULES: dict[str, dict[str, str]] = {
 }
 """Options of `glue.py` behind each name in the table."""
 
-COLUMNS = ("flips", "late_flips", "flip_backs", "loss")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the grid and writes the table."""
@@ -117,16 +115,18 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def markdown(rows: list[dict], rules: list[str], baseline: str) -> str:
     """Mean ± standard deviation over seeds, and the paired difference from the baseline."""
     lines = [
-        f"| rule | score | minus {baseline} (paired) | sign changes per weight | per step, last tenth "
-        "| there and back per weight | loss, last tenth |",
-        "|---|---|---|---|---|---|---|",
+        f"| rule | score | minus {baseline}, paired | loss, last tenth | minus {baseline}, paired "
+        "| sign changes per weight | per step, last tenth | there and back per weight |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    reference = {row["seed"]: row["score"] for row in rows if row["rule"] == baseline}
+    reference = {row["seed"]: row for row in rows if row["rule"] == baseline}
     for rule in rules:
         mine = [row for row in rows if row["rule"] == rule]
-        differences = [row["score"] - reference[row["seed"]] for row in mine]
-        cells = [rule, spread([row["score"] for row in mine], ".4f"), spread(differences, "+.4f")]
-        for column, form in zip(COLUMNS, (".3f", ".2e", ".4f", ".4f"), strict=True):
+        cells = [rule]
+        for column in ("score", "loss"):
+            differences = [row[column] - reference[row["seed"]][column] for row in mine]
+            cells += [spread([row[column] for row in mine], ".4f"), spread(differences, "+.4f")]
+        for column, form in (("flips", ".3f"), ("late_flips", ".1e"), ("flip_backs", ".4f")):
             cells.append(spread([row[column] for row in mine], form))
         lines.append("| " + " | ".join(cells) + " |")
     seeds = len(reference)

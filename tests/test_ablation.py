@@ -14,16 +14,17 @@ import ablation  # noqa: E402
 
 
 def row(rule, seed, score, flips=0.2):
-    values = {"teacher": 0.9, "flips": flips, "late_flips": 1e-4, "flip_backs": 0.01, "loss": 1.5}
+    values = {"teacher": 0.9, "flips": flips, "late_flips": 1e-4, "flip_backs": 0.01, "loss": 2 - score}
     return {"rule": rule, "seed": seed, "score": score} | values
 
 
 def test_table_has_means_spreads_and_paired_differences():
     rows = [row("bwn", 1, 0.80), row("bwn", 2, 0.84), row("rebnn", 1, 0.82), row("rebnn", 2, 0.87)]
     lines = ablation.markdown(rows, ["bwn", "rebnn"], "bwn").splitlines()
-    assert lines[2].startswith("| bwn | 0.8200 ± 0.0283 | +0.0000 ± 0.0000 | 0.200 ± 0.000 |")
+    assert lines[2].startswith("| bwn | 0.8200 ± 0.0283 | +0.0000 ± 0.0000 | 1.1800 ± 0.0283 | +0.0000 ±")
+    assert lines[3].endswith("| 0.200 ± 0.000 | 1.0e-04 ± 0.0e+00 | 0.0100 ± 0.0000 |")
     # Paired: .02 and .03, although the scores themselves spread by .035.
-    assert lines[3].startswith("| rebnn | 0.8450 ± 0.0354 | +0.0250 ± 0.0071 |")
+    assert lines[3].startswith("| rebnn | 0.8450 ± 0.0354 | +0.0250 ± 0.0071 | 1.1550 ± 0.0354 | -0.0250 ± 0.0071 |")
     assert lines[-1] == "2 seeds, mean ± standard deviation; teacher 0.9000."
 
 
