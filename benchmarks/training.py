@@ -1,13 +1,14 @@
 """Step time of ReBNN distillation against plain Hugging Face fine-tuning of the same shape, in one table.
 
-Both models have random weights and see the same random tokens, without padding. The fine-tuning step is that of
+All models have random weights and see the same random tokens, without padding. The fine-tuning step is that of
 `transformers.Trainer` at its defaults: forward with labels and dropout, backward, gradient clipping, fused AdamW. The
 ReBNN step is that of `ReBNNTrainer` at its defaults: student forward with dropout, teacher forward, loss on logits
-and hidden states, backward, gradient clipping, fused AdamW between the two hooks of the balance rule.
+and hidden states, backward, gradient clipping, fused AdamW between the two hooks of the balance rule. The recipe step
+is the same as `recipes/glue.py` sets it up: no dropout in the student, float embeddings frozen, attention written out.
 
-The steps alternate, so that a busy machine slows both; the ratio printed is that of the medians, with the quartiles
+The steps alternate, so that a busy machine slows all; the ratio printed is that of the medians, with the quartiles
 of the ratios of neighbouring steps beside it. Parts are explicit timers around the calls and hooks, not a profiler:
-they add up to the step.
+they add up to the step; `--profile` shows the operations behind them.
 
     python benchmarks/training.py --threads 1 --steps 10
 """
@@ -28,6 +29,7 @@ import rebnn_hf
 from rebnn_hf import ReBNNTrainer, ReBNNTrainingArguments
 
 PARTS = ("student forward", "teacher forward", "loss", "backward", "clipping", "hook before", "AdamW", "hook after")
+METHODS = ("fine-tuning", "ReBNN", "recipe")
 REBNN_ONLY = ("teacher forward", "hook before", "hook after")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -134,10 +136,17 @@ def fine_tuning(shape: Shape, folder: str, clock: Callable[[], float]) -> Conten
     return Contender(trainer, timer)
 
 
-def distillation(shape: Shape, folder: str, clock: Callable[[], float]) -> Contender:
-    """Distillation of a 1-bit student with `ReBNNTrainer`."""
-    teacher = AutoModelForSequenceClassification.from_config(shape.config())
-    model = rebnn_hf.binarize(AutoModelForSequenceClassification.from_config(shape.config())).train()
+def distillation(shape: Shape, folder: str, clock: Callable[[], float], as_in_recipe: bool) -> Contender:
+    """Distillation of a 1-bit student with `ReBNNTrainer`, with its defaults or those of the recipe."""
+    config = shape.config()
+    if as_in_recipe:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        config._attn_implementation = "eager"
+    teacher = AutoModelForSequenceClassification.from_config(config)
+    model = rebnn_hf.binarize(AutoModelForSequenceClassification.from_config(config)).train()
+    for module in model.modules():
+        if type(module) is torch.nn.Embedding:
+            module.weight.requires_grad_(not as_in_recipe)
     args = ReBNNTrainingArguments(folder, use_cpu=True, report_to="none")
     trainer = ReBNNTrainer(model=model, args=args, teacher=teacher)
     timer = Timer(clock)
@@ -153,13 +162,16 @@ def distillation(shape: Shape, folder: str, clock: Callable[[], float]) -> Conte
     return Contender(trainer, timer)
 
 
-def measure(shape: Shape, steps: int, warmup: int, clock: Callable[[], float]) -> dict[tuple[str, str], list[dict]]:
-    """Alternate the steps of both contenders in all precisions; seconds by part, after the warm-up."""
+def measure(
+    shape: Shape, steps: int, warmup: int, clock: Callable[[], float], profiled: bool = False
+) -> dict[tuple[str, str], list[dict]]:
+    """Alternate the steps of all contenders in all precisions; seconds by part, after the warm-up."""
     times: dict[tuple[str, str], list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
             "fine-tuning": fine_tuning(shape, folder, clock),
-            "ReBNN": distillation(shape, folder, clock),
+            "ReBNN": distillation(shape, folder, clock, as_in_recipe=False),
+            "recipe": distillation(shape, folder, clock, as_in_recipe=True),
         }
         for step in range(-warmup, steps):
             inputs = shape.inputs()
@@ -168,7 +180,16 @@ def measure(shape: Shape, steps: int, warmup: int, clock: Callable[[], float]) -
                     spent = contender.step(inputs, dtype)
                     if step >= 0:
                         times.setdefault((precision, name), []).append(spent)
+        if profiled:
+            print_profile(contenders["recipe"], shape.inputs())
     return times
+
+
+def print_profile(contender: Contender, inputs: dict[str, torch.Tensor]) -> None:
+    """Operations of one fp32 step that take most time of their own, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        contender.step(inputs, None)
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -177,21 +198,20 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def rows(shape_name: str, times: dict[tuple[str, str], list[dict]]) -> list[dict]:
-    """Rows of the table: both steps with their parts; times in milliseconds."""
+    """Rows of the table: the steps with their parts; times in milliseconds."""
     table = []
     for precision in PRECISIONS:
-        totals = {name: [sum(step.values()) for step in times[precision, name]] for name in ("fine-tuning", "ReBNN")}
-        pairs = zip(totals["ReBNN"], totals["fine-tuning"], strict=True)
-        ratios = quartiles([mine / theirs for mine, theirs in pairs])
+        totals = {name: [sum(step.values()) for step in times[precision, name]] for name in METHODS}
         for name, seconds in totals.items():
             base = {"shape": shape_name, "precision": precision, "method": name}
             step = row(base, "step", seconds)
             step["ratio"] = step["median"] / (quartiles(totals["fine-tuning"])[1] * 1e3)
-            step["ratio_q1"], _, step["ratio_q3"] = ratios if name == "ReBNN" else (1.0, 1.0, 1.0)
+            pairs = zip(seconds, totals["fine-tuning"], strict=True)
+            step["ratio_q1"], _, step["ratio_q3"] = quartiles([mine / theirs for mine, theirs in pairs])
             table.append(step)
             for part in PARTS:
                 spent = [step[part] for step in times[precision, name]]
-                if name == "ReBNN" or part not in REBNN_ONLY:
+                if name != "fine-tuning" or part not in REBNN_ONLY:
                     table.append(row(base, part, spent) | {"share": sum(spent) / sum(seconds)})
     return table
 
@@ -220,6 +240,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--warmup", type=int, default=2, help="steps before timing begins (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a shared machine")
+    parser.add_argument("--profile", action="store_true", help="also show the operations of one step of the recipe")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.warmup < 0 or options.threads < 1:
         parser.error("--steps and --threads must be at least 1, --warmup at least 0")
@@ -231,7 +252,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     )
     table = []
     for name in options.shape:
-        times = measure(SHAPES[name], options.steps, options.warmup, CLOCKS[options.clock])
+        times = measure(SHAPES[name], options.steps, options.warmup, CLOCKS[options.clock], options.profile)
         table += rows(name, times)
     print_table(table)
     return table

@@ -31,13 +31,13 @@ def test_training(clock, capsys, keep_threads):
     training = load("training")
     table = training.main(["--shape", "tiny", "--steps", "3", "--warmup", "1", "--clock", clock])
     steps = {(r["precision"], r["method"]): r for r in table if r["part"] == "step"}
-    assert list(steps) == [(p, m) for p in ("fp32", "bf16") for m in ("fine-tuning", "ReBNN")]
+    assert list(steps) == [(p, m) for p in ("fp32", "bf16") for m in ("fine-tuning", "ReBNN", "recipe")]
     for (precision, method), step in steps.items():
         baseline = steps[precision, "fine-tuning"]
         assert step["ratio"] == pytest.approx(step["median"] / baseline["median"])
         assert 0 < step["min"] <= step["q1"] <= step["median"] <= step["q3"]
         parts = [r for r in table if (r["precision"], r["method"]) == (precision, method) and r["part"] != "step"]
-        expected = [p for p in training.PARTS if method == "ReBNN" or p not in training.REBNN_ONLY]
+        expected = [p for p in training.PARTS if method != "fine-tuning" or p not in training.REBNN_ONLY]
         assert [r["part"] for r in parts] == expected
         assert sum(r["share"] for r in parts) == pytest.approx(1)
     assert all(steps[p, "fine-tuning"]["ratio"] == 1 for p in ("fp32", "bf16"))
@@ -49,7 +49,9 @@ def test_training(clock, capsys, keep_threads):
 
 def test_training_steps_move_the_models_and_the_balance(tmp_path):
     training = load("training")
-    contender = training.distillation(training.SHAPES["tiny"], str(tmp_path), training.CLOCKS["cpu"])
+    contender = training.distillation(
+        training.SHAPES["tiny"], str(tmp_path), training.CLOCKS["cpu"], as_in_recipe=False
+    )
     model = contender.trainer.model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(2):
