@@ -1,6 +1,6 @@
 """From a float encoder to a packed 1-bit one on a GLUE task, the embedded demo or files of your own.
 
-    python recipes/glue.py                                                      # the demo: two minutes, no downloads
+    python recipes/glue.py                                                      # the demo: a minute, no downloads
     accelerate launch recipes/glue.py --task sst2                               # BERT-base, data from the Hub
     accelerate launch recipes/glue.py --task rte --data_dir glue --model_name_or_path FOLDER
     python recipes/glue.py --train_file train.csv --validation_file dev.csv
