@@ -44,7 +44,7 @@ def plot_oscillation(log_history: list[dict[str, float]], path: str | Path) -> N
             shade = matplotlib.colormaps["viridis"](index / max(1, len(layers) - 1))
             axis.plot(*_series(logs, layer), color=shade, linewidth=0.6, alpha=0.7)
         axis.plot(*_series(logs, name), color="black", linewidth=2)
-        axis.set(title=title, xlabel="step", yscale="symlog" if logarithmic else "linear")
+        axis.set(title=title, xlabel="step")
         if logarithmic:
             positive = [log[name] for log in logs if log.get(name, 0) > 0]
             axis.set_yscale("symlog", linthresh=min(positive, default=1e-9))

@@ -148,7 +148,7 @@ class ReBNNTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if given and self.resilience is not None:
             return optimizer
-        if any(True for _ in _latent_parameters(self.model)):
+        if list(_latent_parameters(self.model)):
             if not given:
                 self._regroup(optimizer)
             self.resilience = attach(optimizer, self.model)
@@ -226,7 +226,8 @@ class ReBNNTrainer(Trainer):
                 self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
             )
         if relations:
-            parts["relations"] = _relations_loss(student_projections, teacher_projections, self.model, mask)
+            heads = _equal_heads(self.model, self.teacher)
+            parts["relations"] = _relations_loss(student_projections, teacher_projections, heads, mask)
         return parts, outputs
 
     def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -349,14 +350,23 @@ def _projections(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _relations_loss(student: list[Tensor], teacher: list[Tensor], model, mask: Tensor | None) -> Tensor:
+def _equal_heads(student: nn.Module, teacher: nn.Module) -> int:
+    heads, theirs = student.config.num_attention_heads, teacher.config.num_attention_heads
+    if heads != theirs:
+        raise ValueError(
+            f"relation_weight > 0 compares head by head: the student has {heads} heads, the teacher {theirs}; "
+            "use a teacher with as many heads or relation_weight=0."
+        )
+    return heads
+
+
+def _relations_loss(student: list[Tensor], teacher: list[Tensor], heads: int, mask: Tensor | None) -> Tensor:
     """Direction-matching distances (BiBERT B4) summed over layers and over Q, K and V."""
     if not all(projection.requires_grad for projection in student):
         raise ValueError(
             "relation_weight > 0 reached no gradient: reentrant gradient checkpointing hides the projections; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False} or relation_weight=0."
         )
-    heads = model.config.num_attention_heads
     layers = distillation.uniform_layer_map(len(student) // 3, len(teacher) // 3)[1:]
     matched = [teacher[3 * (layer - 1) + which] for layer in layers for which in range(3)]
     return sum(

@@ -274,8 +274,8 @@ def load_float(source: str | Path, **options: Any) -> PreTrainedModel:
     """A classifier in float32, whatever dtype its file has: it is going to be trained or compared."""
     options = {"dtype": torch.float32, **options}
     if device_arguments()["use_cpu"]:
-        # The backward pass of torch's fused attention takes most of a training step on a CPU (measured: 42 % for
-        # MiniLM in bfloat16 with 16 tokens a sentence); written out it takes next to nothing.
+        # The backward pass of torch's fused attention dominates a training step with short sentences on a CPU;
+        # written out it takes next to nothing.
         options["attn_implementation"] = "eager"
     return load_pretrained(AutoModelForSequenceClassification.from_pretrained, source, **options)
 

@@ -269,6 +269,14 @@ def test_every_run_of_a_search_is_under_the_rule(tmp_path):
     assert groups[0] == groups[1] and len(groups[0]) == 4
 
 
+def test_relations_between_different_heads_are_refused(tmp_path):
+    config = bert().config
+    config.num_attention_heads = 4
+    trainer = trainer_for(tmp_path, teacher=BertForSequenceClassification(config), relation_weight=1.0)
+    with pytest.raises(ValueError, match="student has 2 heads, the teacher 4"):
+        trainer.train()
+
+
 def test_hidden_relations_are_refused(tmp_path):
     """Reentrant checkpointing runs the encoder without a graph: the relation loss would train nothing."""
     trainer = trainer_for(
