@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .architecture import base_relative, block_prefixes
 from .config import ReBNNConfig
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
 
@@ -167,14 +168,6 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
-def base_relative(model: PreTrainedModel, name: str) -> str | None:
-    """Name of a module relative to the base model, None for a module outside of it."""
-    if model.base_model is model:
-        return name
-    prefix = model.base_model_prefix + "."
-    return name.removeprefix(prefix) if name.startswith(prefix) else None
-
-
 # Step 1: list
 
 
@@ -193,7 +186,7 @@ def _select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]
 
 def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
     """Modules that the switches of the config choose, before names are looked at."""
-    blocks = _block_prefixes(model)
+    blocks = block_prefixes(model)
     if config.word_embeddings:
         yield _word_embeddings(model)
     for name, module in model.named_modules():
@@ -208,17 +201,6 @@ def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[s
             chosen = config.head
         if chosen:
             yield name, module
-
-
-def _block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
-    return tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and base_relative(model, name) is not None
-        and len({type(block) for block in module}) == 1
-    )
 
 
 def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:

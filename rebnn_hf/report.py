@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from .architecture import block_prefixes
 from .config import ReBNNConfig
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .packing import packed_width
@@ -217,7 +219,7 @@ class _Place:
         self.config = config if isinstance(config, ReBNNConfig) else None
         base = getattr(model, "base_model", model)
         self.base = "" if base is model else f"{model.base_model_prefix}."
-        self.blocks = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+        self.blocks = block_prefixes(model) if isinstance(model, PreTrainedModel) else ()
         try:
             self.words = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not a transformers model, or one without tokens

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rebnn_hf"
 FLOORS = {
+    "architecture": 0,
     "config": 0,
     "functional": 0,
     "packing": 0,
