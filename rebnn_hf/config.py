@@ -8,9 +8,11 @@ from typing import Any, Literal
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .functional import BalanceRule, WeightRule
+from .activations import BITS, ActivationRule
+from .functional import BalanceRule, Ties, WeightRule, check_choices
+from .presets import config_fields
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of config and bit format that this package writes; it reads this one and all before it."""
 
 
@@ -27,6 +29,16 @@ class ReBNNConfig(QuantizationConfigMixin):
             BWN: `weight_scale="mean_abs"` with `balance_rule="none"`.
         balance_rule, balance_value, balance_lower, balance_upper, balance_form, balance_strength: the balance rule,
             see `functional.BalanceRule`. Default: the paper's.
+        activation: how the inputs of 1-bit linear layers become few bits, see `activations.ActivationRule`. Default:
+            they stay float.
+        activation_bits: 1, or for `elastic` also 2, 4, 8; default 1 (8 for `token`, 32 without activation).
+        signed_init, unsigned_init: start of the scales of `elastic`.
+        attention: `softmax` in float; `bool`, BiBERT's Bi-Attention; `elastic`, BiT's, with `activation_bits`. Both
+            with queries, keys and values in as few bits, on architectures that `architecture.LAYOUTS` knows.
+        ffn_activation: function between the linear layers of the feed-forward block: that of the `model`, `relu`, or
+            `rprelu` (ReActNet); the latter two on the same architectures.
+        ties: what becomes of values exactly on a threshold: `up`, or `released` as in the released codes (sign(0) = 0,
+            bool(0) = 0, half-way to even), which can be trained but not packed.
         word_embeddings: binarize the word embeddings (one scale per token).
         pooler: binarize the pooler.
         head: binarize the linear layers of the task head.
@@ -41,7 +53,8 @@ class ReBNNConfig(QuantizationConfigMixin):
         format_version: of config and bits.
 
     Raises:
-        ValueError: an unknown field or choice, or a file written by a newer version of this package.
+        ValueError: an unknown field or choice, a combination that cannot work, or a file written by a newer version of
+            this package.
     """
 
     weight_scale: Literal["learned", "mean_abs"] = "learned"
@@ -57,6 +70,13 @@ class ReBNNConfig(QuantizationConfigMixin):
     balance_upper: float | None = None
     balance_form: Literal["gradient", "decoupled"] = "gradient"
     balance_strength: float = 1.0
+    activation: Literal["none", "sign", "rsign", "elastic", "token"] = "none"
+    activation_bits: int | None = None
+    signed_init: float = 2.0
+    unsigned_init: float = 4.0
+    attention: Literal["softmax", "bool", "elastic"] = "softmax"
+    ffn_activation: Literal["model", "relu", "rprelu"] = "model"
+    ties: Ties = "up"
     word_embeddings: bool = False
     pooler: bool = False
     head: bool = False
@@ -87,8 +107,31 @@ class ReBNNConfig(QuantizationConfigMixin):
             names = getattr(self, name)
             if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
                 raise ValueError(f"{name} must be a list of module names, got {names!r}.")
+        if self.activation_bits is None:
+            self.activation_bits = BITS.get(self.activation, (1,))[0]
+        check_choices(self)
         self.rule()
         self.balance()
+        self.activation_rule()
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        """Refuse what cannot work together."""
+        if self.attention == "elastic" and self.activation_bits not in BITS["elastic"]:
+            raise ValueError(
+                f"attention='elastic' has the bits of the activations, and activation={self.activation!r} has "
+                f"{self.activation_bits}; use activation='elastic', or attention='softmax'."
+            )
+        if self.attention == "bool" and self.activation_bits != 1:
+            raise ValueError(
+                f"attention='bool' multiplies 1-bit queries, keys and values; with activation_bits="
+                f"{self.activation_bits} use attention='elastic', or 1-bit activations."
+            )
+        if self.ffn_activation == "relu" and self.activation in ("sign", "rsign"):
+            raise ValueError(
+                f"ffn_activation='relu' never gives negative values: activation={self.activation!r} would see one sign "
+                "only; use activation='elastic', or ffn_activation='model' or 'rprelu'."
+            )
 
     def rule(self) -> WeightRule:
         """The weight rule these fields describe."""
@@ -100,6 +143,7 @@ class ReBNNConfig(QuantizationConfigMixin):
             center_gradient=self.center_gradient,
             ste=self.weight_ste,
             slope=self.ste_slope,
+            ties=self.ties,
         )
 
     def balance(self) -> BalanceRule:
@@ -112,6 +156,32 @@ class ReBNNConfig(QuantizationConfigMixin):
             form=self.balance_form,
             strength=self.balance_strength,
         )
+
+    def activation_rule(self) -> ActivationRule:
+        """The activation rule these fields describe."""
+        return ActivationRule(
+            kind=self.activation,
+            bits=self.activation_bits,
+            signed_init=self.signed_init,
+            unsigned_init=self.unsigned_init,
+            ties=self.ties,
+        )
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> ReBNNConfig:
+        """A named method, see `presets.CONFIGS`.
+
+        Args:
+            name: for example `rebnn-bit-w1a1`.
+            **overrides: fields to set otherwise.
+
+        Raises:
+            ValueError: no preset of that name, or a combination that cannot work.
+
+        Example:
+            >>> rebnn_hf.binarize(model, ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True))
+        """
+        return cls(**{**config_fields(name), **overrides})
 
     def method(self) -> dict[str, Any]:
         """The fields a user chooses, without those that record what was done to a model."""
@@ -141,4 +211,5 @@ class ReBNNConfig(QuantizationConfigMixin):
             )
         chosen = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         config = cls(**{**config_dict, **chosen})
+        config.format_version = FORMAT_VERSION  # of what is written: older files are read as what they would be today
         return (config, kwargs) if return_unused_kwargs else config

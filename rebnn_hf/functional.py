@@ -17,7 +17,12 @@ SCALE_FLOOR = 1e-8
 """Smallest initial scale: an all-zero row (a padding embedding) still gets a positive one."""
 
 
-def _check_choices(rule) -> None:
+Ties = Literal["up", "released"]
+"""What becomes of a value exactly on a threshold, see `sign`."""
+
+
+def check_choices(rule) -> None:
+    """Raise a ValueError where a field annotated with a Literal of words holds another word."""
     hints = get_type_hints(type(rule))
     for field in fields(rule):
         choices, value = get_args(hints[field.name]), getattr(rule, field.name)
@@ -42,6 +47,7 @@ class WeightRule:
         center_gradient: whether P is kept (`dW - mean(dW)`, BiBERT) or replaced by the identity (BiT).
         ste: the window: `clip`, 1 where |W - mu| <= 1 and else 0; `identity`, 1 everywhere.
         slope: `scale`, the chain rule's alpha; `unit`, 1 (ReActNet, BiBERT, BiT).
+        ties: sign(0), see `sign`.
 
     Raises:
         ValueError: an unknown choice, or a scale gradient for a scale that is learned.
@@ -54,9 +60,10 @@ class WeightRule:
     center_gradient: bool = True
     ste: Literal["clip", "identity"] = "clip"
     slope: Literal["scale", "unit"] = "scale"
+    ties: Ties = "up"
 
     def __post_init__(self):
-        _check_choices(self)
+        check_choices(self)
         if self.scale == "learned" and self.scale_gradient != "none":
             raise ValueError(
                 f"scale_gradient={self.scale_gradient!r} differentiates a closed-form scale, but scale='learned' is "
@@ -96,7 +103,7 @@ class BalanceRule:
     strength: float = 1.0
 
     def __post_init__(self):
-        _check_choices(self)
+        check_choices(self)
         for name in ("value", "lower", "upper", "strength"):
             number = getattr(self, name)
             if number is not None and not 0 <= number < float("inf"):
@@ -110,16 +117,18 @@ class BalanceRule:
             )
 
 
-def sign(x: Tensor) -> Tensor:
-    """Sign with sign(0) = +1, the one sign of this package: binary weights have two values, never three.
+def sign(x: Tensor, ties: Ties = "up") -> Tensor:
+    """Sign with sign(0) = +1, the one sign of this package: what is binary has two values, never three.
 
     Args:
         x: any shape, floating point.
+        ties: `released` is torch's sign, with sign(0) = 0, which the released codes of BiBERT, BiT and ReBNN use: for
+            comparisons with them in training only, since three values do not fit into a bit.
 
     Returns:
         -1 or +1, same shape and dtype.
     """
-    return _zero_or_one(x).mul_(2).sub_(1)
+    return torch.sign(x.detach()) if ties == "released" else _zero_or_one(x).mul_(2).sub_(1)
 
 
 def is_positive(x: Tensor) -> Tensor:
@@ -137,10 +146,10 @@ class _StraightThroughSign(torch.autograd.Function):
     """Sign with the surrogate gradient `G_b * (window * slope + leak)`."""
 
     @staticmethod
-    def forward(ctx, weight, window, slope, leak, dtype):
+    def forward(ctx, weight, rule, slope, leak, dtype):
         ctx.save_for_backward(weight, slope, leak)
-        ctx.window = window
-        return sign(weight).to(dtype)
+        ctx.window = rule.ste == "clip"
+        return sign(weight, rule.ties).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -230,7 +239,7 @@ def binarize_rows(
     if rule.scale_gradient == "xnor":
         leak = (scale.detach().clamp_min(SCALE_FLOOR) * weight.shape[-1]).reciprocal().unsqueeze(-1)
     centered = center(weight, rule, table)
-    signs = _StraightThroughSign.apply(centered, rule.ste == "clip", slope, leak, dtype or weight.dtype)
+    signs = _StraightThroughSign.apply(centered, rule, slope, leak, dtype or weight.dtype)
     return signs, scale
 
 

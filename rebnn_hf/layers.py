@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .binarizers import codes_of
 from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, is_positive, mean_abs_scale
 from .packing import pack_signs, packed_width, unpack_signs
 
@@ -92,6 +93,8 @@ class _Packed:
 class BinaryLinear(_Latent, nn.Linear):
     """Linear layer with latent float weights, used as `y = alpha * (x sign(W)^T) + bias` (ReBNN A1, gradients A2).
 
+    With an `input_binarizer` (a layer of `activations`), x are its codes, and y takes their scale beside alpha.
+
     Args:
         in_features: M.
         out_features: O.
@@ -106,6 +109,7 @@ class BinaryLinear(_Latent, nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, rule: WeightRule | None = None, **kwargs
     ):
         super().__init__(in_features, out_features, bias, **kwargs)
+        self.register_module("input_binarizer", None)
         self._init_rule(rule or WeightRule())
 
     @classmethod
@@ -116,14 +120,17 @@ class BinaryLinear(_Latent, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`alpha * (x b^T) + bias`: [..., M] -> [..., O]."""
-        signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule, dtype=_compute_dtype(x, self.weight))
-        return _binary_linear(x, signs, scale, self.bias)
+        dtype = _compute_dtype(x, self.weight)
+        codes, input_scale = codes_of(x, self.input_binarizer, dtype)
+        signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule, dtype=dtype)
+        return _binary_linear(codes, signs, scale, self.bias, input_scale)
 
     def pack(self) -> PackedLinear:
         """Inference form with the same bits, scales and bias."""
         packed = PackedLinear(self.in_features, self.out_features, self.bias is not None, device="meta")
         packed._take(self)
         packed.bias = self.bias
+        packed.input_binarizer = self.input_binarizer
         return packed.train(self.training)
 
     def to_float(self) -> nn.Linear:
@@ -189,11 +196,13 @@ class PackedLinear(_Packed, nn.Linear):
     """Linear layer with one bit per weight: `y = scale * (x b^T) + bias`.
 
     Shapes: `weight` uint8 [O, ceil(M / 8)] (see `packing`), `weight_scale` [O], `bias` [O]; input [..., M], output
-    [..., O]. The reference product unpacks the signs of this one layer for the time of the call.
+    [..., O]. With an `input_binarizer`, x are its codes, and y takes their scale too. The reference product unpacks the
+    signs of this one layer for the time of the call.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device="meta")
+        self.register_module("input_binarizer", None)
         self._init_bits(out_features, in_features, device, dtype)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -211,8 +220,10 @@ class PackedLinear(_Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""
-        signs = unpack_signs(self.weight, self.in_features, _compute_dtype(x, self.weight_scale))
-        return _binary_linear(x, signs, self.weight_scale, self.bias)
+        dtype = _compute_dtype(x, self.weight_scale)
+        codes, input_scale = codes_of(x, self.input_binarizer, dtype)
+        signs = unpack_signs(self.weight, self.in_features, dtype)
+        return _binary_linear(codes, signs, self.weight_scale, self.bias, input_scale)
 
     def to_float(self) -> nn.Linear:
         """Plain `nn.Linear` with weight `scale * b`."""
@@ -268,13 +279,19 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _binary_linear(x: Tensor, signs: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`scale * (x b^T) + bias` in the type of the signs: promotion by float32 scales would undo autocast."""
-    scale = scale.to(signs.dtype)
+def _binary_linear(
+    x: Tensor, signs: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None
+) -> Tensor:
+    """`scale * (x b^T) + bias` in the type of the signs: promotion by float32 scales would undo autocast.
+
+    A scale of the inputs, [1] or one for each token [..., 1], multiplies that of the rows.
+    """
     bias = None if bias is None else bias.to(signs.dtype)
     if signs.dtype == torch.float16:
         # A sum of M unscaled inputs can pass 65504 where the scaled one does not.
-        return F.linear(x, signs * scale.unsqueeze(-1), bias)
+        x = x if input_scale is None else x * input_scale.to(x.dtype)
+        return F.linear(x, signs * scale.to(signs.dtype).unsqueeze(-1), bias)
+    scale = (scale if input_scale is None else scale * input_scale).to(signs.dtype)
     product = F.linear(x, signs)
     return product * scale if bias is None else torch.addcmul(bias, product, scale)
 

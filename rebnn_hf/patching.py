@@ -4,16 +4,17 @@ anything, is idempotent, and returns the model it was given."""
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import base_relative, block_prefixes
+from .architecture import BlockLayout, blocks, layout_of
+from .attention import ATTENTION_OF, IMPLEMENTATION
+from .binarizers import Elastic, RPReLU, binarizer_of
 from .config import ReBNNConfig
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
+from .targets import check_targets, names_to_load, record, select, tied_weights
 
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
@@ -21,7 +22,8 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
 
     By default every `nn.Linear` inside the encoder's blocks; embeddings, LayerNorm, pooler and task head stay float
     (see `ReBNNConfig` for the switches). The forward pass uses `alpha * sign(W)` at once; to get accuracy back, train
-    with `ReBNNTrainer`, or with any loop and `rebnn_hf.attach`.
+    with `ReBNNTrainer`, or with any loop and `rebnn_hf.attach`. Elastic activations take their scales from data first:
+    `ReBNNTrainer` sees to it, other loops call `rebnn_hf.calibrate(model, batch)`.
 
     Args:
         model: a transformers model with floating point weights.
@@ -33,7 +35,8 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     Raises:
         TypeError: not a transformers model.
         ValueError: nothing matched; a packed, meta-device, quantized or otherwise not plainly float model; weights
-            shared between modules; a model that is latent under other settings. The model is as it was.
+            shared between modules; a model that is latent under other settings; 1-bit attention on an architecture
+            that is not known. The model is as it was.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-uncased")
@@ -45,13 +48,13 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
         _require_same_method(saved, config)
         return model
     config = copy.deepcopy(config) if config is not None else ReBNNConfig()
-    targets = _select(model, config)
-    _check_targets(model, targets, config)
-    _record(model, config, targets)
-    if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
-        _own_config(model)
+    targets = select(model, config)
+    check_targets(model, targets, config)
+    record(model, config, targets)
+    _own_config(model)
     for name, module in targets.items():
         _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+    _add_activations(model, config, list(targets))
     untie_binary_embeddings(model)
     model.config.quantization_config = config
     return model
@@ -70,7 +73,8 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
 
     Raises:
         TypeError: not a transformers model, or `dtype` is not floating point.
-        ValueError: not a binarized model, or values that are not finite or do not fit into `dtype`.
+        ValueError: not a binarized model; values that are not finite or do not fit into `dtype`; scales of elastic
+            activations that were never found from data; `ties="released"`, whose signs have three values.
     """
     _require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
@@ -78,6 +82,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     config = saved_config(model)
     if config is None:
         raise ValueError("pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it.")
+    _check_packable(model, config)
     _check_values(model, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES):
@@ -99,14 +104,60 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: not a transformers model.
+        ValueError: activations or attention have few bits too: no float model computes the same.
     """
     _require_transformers_model(model, "unpack")
-    if saved_config(model) is None:
+    config = saved_config(model)
+    if config is None:
         return model
+    if config.activation != "none" or config.attention != "softmax" or config.ffn_activation == "rprelu":
+        raise ValueError(
+            f"unpack() makes a plain float model, which cannot compute activation={config.activation!r} with attention="
+            f"{config.attention!r} and ffn_activation={config.ffn_activation!r}; single matrices are to be had from "
+            "layer.binary_weight()."
+        )
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES + PACKED_TYPES):
             _replace(model, name, module.to_float())
     forget_quantization(model)
+    return model
+
+
+def rebinarize(model: PreTrainedModel, config: ReBNNConfig, carry_scales: bool = True) -> PreTrainedModel:
+    """Continue a latent model under other rules, in place: the next stage of a staged distillation (BiT C7).
+
+    Latent weights, biases and all that is float stay; the balance starts from 0. For example from 2-bit to 1-bit
+    activations.
+
+    Args:
+        model: latent, of the stage before.
+        config: of the next stage; it must choose the same modules.
+        carry_scales: keep weight scales, and scales and shifts of elastic activations, where both stages have them (as
+            BiT does); otherwise all start anew, activations from data (see `calibrate`).
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: not latent, or the stages do not fit onto one another. The model is as it was.
+    """
+    _require_transformers_model(model, "rebinarize")
+    saved = saved_config(model)
+    _require_same_modules(saved, config)
+    config = copy.deepcopy(config)
+    for name in ("converted", "converted_head", "not_converted", "state"):
+        setattr(config, name, copy.copy(getattr(saved, name)))
+    old = {n: m for n, m in model.named_modules() if isinstance(m, Elastic)}
+    latent = {n: m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
+    for module in latent.values():
+        _change_rule(module, config, carry_scales)
+    _add_activations(model, config, list(latent))
+    if carry_scales:
+        for name, module in model.named_modules():
+            if isinstance(module, Elastic) and name in old:
+                module.load_state_dict(old[name].state_dict())
+    model.config.quantization_config = config
     return model
 
 
@@ -134,12 +185,14 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     Raises:
         ValueError: a module named in the config does not exist in this architecture or is of another type.
     """
-    for name in _names_to_load(model, config):
+    names = names_to_load(model, config)
+    for name in names:
         module = model.get_submodule(name)
         if config.state == "packed":
             _replace(model, name, PACKED_OF[type(module)].like(module))
         else:
             _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+    _add_activations(model, config, names)
 
 
 def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
@@ -148,9 +201,9 @@ def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     Raises:
         ValueError: as `binarize`.
     """
-    targets = _select(model, config)
-    _check_targets(model, targets, config, on_meta=True)
-    _record(model, config, targets)
+    targets = select(model, config)
+    check_targets(model, targets, config, on_meta=True)
+    record(model, config, targets)
 
 
 def untie_binary_embeddings(model: PreTrainedModel) -> None:
@@ -160,7 +213,7 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
     """
     if not any(isinstance(module, BinaryEmbedding) for module in model.modules()):
         return
-    for name in _tied(model):
+    for name in tied_weights(model):
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, child, nn.Parameter(getattr(owner, child).detach().clone()))
@@ -168,80 +221,7 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
-# Step 1: list
-
-
-def _select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
-    skipped = _skipped(model, config)
-    targets = {name: module for name, module in _candidates(model, config) if name not in skipped}
-    if not targets:
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block "
-            f"of the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer'}. "
-            f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
-        )
-    return targets
-
-
-def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the switches of the config choose, before names are looked at."""
-    blocks = block_prefixes(model)
-    if config.word_embeddings:
-        yield _word_embeddings(model)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        inside = base_relative(model, name) is not None
-        if "pooler" in name.split("."):
-            chosen = config.pooler
-        elif inside:
-            chosen = name.startswith(blocks)
-        else:
-            chosen = config.head
-        if chosen:
-            yield name, module
-
-
-def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
-    module = model.get_input_embeddings()
-    if not isinstance(module, nn.Embedding):
-        raise ValueError(
-            f"word_embeddings=True, but the input embedding of {type(model).__name__} is a {type(module).__name__}; "
-            "use word_embeddings=False."
-        )
-    return next(name for name, m in model.named_modules() if m is module), module
-
-
-def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
-    """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names."""
-    skipped = set()
-    for pattern in config.modules_to_not_convert or []:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} is not a regular expression ({error}); "
-                "give a module's name, a part of it, or a valid expression."
-            ) from error
-        matched = {n for n, _ in model.named_modules() if n and _matches(pattern, n, base_relative(model, n))}
-        if not matched:
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "
-                "print(model) shows the names."
-            )
-        skipped |= matched
-    return skipped
-
-
-def _matches(pattern: str, *names: str | None) -> bool:
-    """A pattern is a run of whole parts of a name (`attention`, `layer.0`), or a regular expression for its start."""
-    return any(
-        f".{pattern}." in f".{name}." or re.match(rf"(?:{pattern})(?=\.|$)", name) for name in names if name is not None
-    )
-
-
-# Step 2: check
+# Checks
 
 
 def _require_transformers_model(model, verb: str) -> None:
@@ -266,22 +246,35 @@ def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None
     )
 
 
-def _check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_meta: bool = False) -> None:
-    for name, module in targets.items():
-        if type(module) not in LATENT_OF:
-            raise ValueError(
-                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or "
-                f"nn.Embedding: binarize the float model, or add {name!r} to modules_to_not_convert."
-            )
-        if not module.weight.is_floating_point():
-            raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
-        if module.weight.is_meta and not on_meta:
-            raise ValueError(f"{name}.weight is on the meta device and has no values; load the model first.")
-        if not module.weight.numel():
-            raise ValueError(f"{name}.weight is empty ({tuple(module.weight.shape)}).")
-        if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
-            raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
-    _check_unshared(model, targets, config)
+def _require_same_modules(saved: ReBNNConfig | None, config: ReBNNConfig) -> None:
+    if saved is None or saved.state != "latent":
+        state = "a float" if saved is None else "a packed"
+        raise ValueError(
+            f"rebinarize() expects a latent model, got {state} one; use binarize(), or load the latent checkpoint."
+        )
+    fixed = ("word_embeddings", "pooler", "head", "modules_to_not_convert", "ffn_activation")
+    changed = [name for name in fixed if getattr(saved, name) != getattr(config, name)]
+    if changed:
+        raise ValueError(
+            f"the stages differ in {', '.join(changed)}, and a later one cannot choose other modules; make them equal, "
+            "or start from the float model."
+        )
+    if saved.attention != "softmax" and config.attention == "softmax":
+        raise ValueError("a stage with attention='softmax' cannot follow one with 1-bit attention; reverse the order.")
+
+
+def _check_packable(model, config: ReBNNConfig) -> None:
+    if config.ties == "released":
+        raise ValueError(
+            "ties='released' has sign(0) = 0, a third value that does not fit into a bit; it is for comparisons in "
+            "training. Use ties='up' for a model to be packed."
+        )
+    waiting = [name for name, m in model.named_modules() if isinstance(m, Elastic) and not m.calibrated]
+    if waiting:
+        raise ValueError(
+            f"{len(waiting)} elastic activations have no scale yet (first: {waiting[0]}): train the model, or call "
+            "rebnn_hf.calibrate(model, batch)."
+        )
 
 
 def _check_values(model, dtype: torch.dtype | None) -> None:
@@ -297,42 +290,7 @@ def _check_values(model, dtype: torch.dtype | None) -> None:
             raise ValueError(f"{name} has values that do not fit into {dtype}; use torch.bfloat16 or torch.float32.")
 
 
-def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -> None:
-    uses: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        uses.setdefault(id(parameter), set()).add(name)
-    tied = _tied(model)
-    for name, module in targets.items():
-        own = f"{name}.weight"
-        partners = {target for target, source in tied.items() if source == own} | {tied.get(own, own)}
-        others = (uses[id(module.weight)] | partners) - {own}
-        remedy = f"add {name!r} to modules_to_not_convert"
-        if config.untie_embeddings:
-            others -= tied.keys()
-        elif isinstance(module, nn.Embedding):
-            remedy = "untie_embeddings=True gives the other a float copy of its own"
-        if others:
-            raise ValueError(f"{own} is shared with {', '.join(sorted(others))}, and bits cannot be tied: {remedy}.")
-
-
-def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Weights that transformers ties, {copy: original}; on the meta device they are not one parameter yet."""
-    return model.all_tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else {}
-
-
-# Step 3: swap
-
-
-def _record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
-    relative = {name: base_relative(model, name) for name in targets}
-    config.converted = [short for short in relative.values() if short is not None]
-    config.converted_head = [name for name, short in relative.items() if short is None]
-    config.not_converted = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and name not in targets
-    ]
-    config.state = "latent"
+# Swaps
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -341,6 +299,58 @@ def _own_config(model: PreTrainedModel) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+
+
+def _change_rule(module: nn.Module, config: ReBNNConfig, carry_scales: bool) -> None:
+    """Put a latent layer under the weight rule of another config, with a balance of 0."""
+    old_scale, old_rule = module.weight_scale, module.rule
+    module._init_rule(config.rule())
+    same_scale = old_rule.granularity == module.rule.granularity and old_scale is not None
+    if carry_scales and same_scale and module.weight_scale is not None:
+        module.weight_scale = old_scale
+
+
+def _add_activations(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -> None:
+    """Put few-bit inputs on the 1-bit linear layers, and what the config asks for into the blocks."""
+    layout = layout_of(model)
+    unsigned = {f"{block}.{layout.ffn_output}" for block, _ in blocks(model)} if layout else set()
+    if config.ffn_activation == "rprelu":  # has negative values as a rule, not by a hair as GELU
+        unsigned = set()
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            binarizer = binarizer_of(config.activation_rule(), module.in_features, signed=name not in unsigned)
+            module.input_binarizer = _like(binarizer, module)
+    if config.ffn_activation != "model":
+        _replace_ffn_activation(model, config, layout)
+    if config.attention != "softmax":
+        _add_attention(model, config, layout)
+
+
+def _replace_ffn_activation(model: PreTrainedModel, config: ReBNNConfig, layout: BlockLayout) -> None:
+    for _, block in blocks(model):
+        output = block.get_submodule(layout.ffn_output)
+        function = nn.ReLU() if config.ffn_activation == "relu" else _like(RPReLU(output.in_features), output)
+        if type(block.get_submodule(layout.ffn_activation)) is not type(function):
+            _replace(block, layout.ffn_activation, function)
+    if config.ffn_activation == "relu":
+        setattr(model.config, layout.activation_field, "relu")
+
+
+def _add_attention(model: PreTrainedModel, config: ReBNNConfig, layout: BlockLayout) -> None:
+    for _, block in blocks(model):
+        attention = block.get_submodule(layout.attention)
+        attention.binary_attention = _like(ATTENTION_OF[config.attention](config.activation_rule()), block)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _like(module: nn.Module | None, model: nn.Module) -> nn.Module | None:
+    """A new module in the mode of `model`, with the device and float type of its parameters."""
+    if module is None:
+        return None
+    parameter = next(tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point())
+    module = module.to_empty(device="meta") if parameter.is_meta else module.to(parameter.device)
+    return module.to(parameter.dtype).train(model.training)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -354,28 +364,3 @@ def _cast_float(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     model.config.dtype = dtype
-
-
-def _names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
-    """Full names, in this model, of the modules a config calls converted.
-
-    Another head class, or none, may lack the pooler and the head.
-    """
-    prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    modules = dict(model.named_modules())
-    names = [prefix + name for name in config.converted if "pooler" not in name.split(".") or prefix + name in modules]
-    names += [name for name in config.converted_head if name in modules]
-    if not names:
-        raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")
-    for name in names:
-        if name not in modules:
-            raise ValueError(
-                f"the checkpoint's config calls {name!r} a 1-bit module, but {type(model).__name__} has none of that "
-                "name; config and architecture do not belong together."
-            )
-        if type(modules[name]) not in LATENT_OF:
-            raise ValueError(
-                f"the checkpoint's config calls {name!r} a 1-bit module, but in {type(model).__name__} it is a "
-                f"{type(modules[name]).__name__}."
-            )
-    return names

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..binarizers import PARAMETRIC, Elastic
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
 from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
@@ -45,12 +47,14 @@ class ReBNNQuantizer(HfQuantizer):
                     "use ReBNNConfig(state='latent'), train, then rebnn_hf.pack(model)."
                 )
             select_for_loading(model, config)
+        prepare_for_loading(model, config)
+        if not self.pre_quantized:
             model._keys_to_ignore_on_load_missing = {
                 *(model._keys_to_ignore_on_load_missing or ()),
                 r"\.weight_scale$",
                 r"\.balance$",
+                *(rf"^{re.escape(name)}\." for name, m in model.named_modules() if isinstance(m, PARAMETRIC)),
             }
-        prepare_for_loading(model, config)
         for module in model.modules():
             if isinstance(module, PACKED_TYPES):
                 module._is_hf_initialized = True  # transformers must not draw bits that the file lacks
@@ -65,6 +69,12 @@ class ReBNNQuantizer(HfQuantizer):
                 _check_loaded(name, module, ("weight", "weight_scale", "bias", "balance"))
             elif isinstance(module, LATENT_TYPES):
                 module.reset_scale()
+            elif isinstance(module, PARAMETRIC) and self.pre_quantized:
+                _check_loaded(name, module, tuple(dict(module.named_parameters(recurse=False))))
+            elif isinstance(module, PARAMETRIC):
+                module.reset_parameters()
+            if isinstance(module, Elastic):
+                module.check_calibration()
         if not self.pre_quantized:
             untie_binary_embeddings(model)
         return model

@@ -1,0 +1,259 @@
+"""1-bit and k-bit activations: what goes into a binary matrix product, as pure functions.
+
+Every function returns integer *codes* (as floats) apart from their scale, `x_b = scale * codes`: the product of codes
+with signs is an exact integer, and scales are applied to its result. Notation: x the input, b its codes,
+delta_x = dL/dx, delta_b = dL/dx_b, 1[.] an indicator, M the features of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .functional import Ties, check_choices, sign
+
+ACTIVATION_SCALE_FLOOR = 1e-5
+"""Smallest scale of an elastic activation (BiT C1)."""
+
+BITS = {"none": (32,), "sign": (1,), "rsign": (1,), "elastic": (1, 2, 4, 8), "token": (8,)}
+"""Widths that each kind of activation comes in; the first is its default."""
+
+
+@dataclass(frozen=True)
+class ActivationRule:
+    """How the inputs of a binary layer become few bits.
+
+    Args:
+        kind: `none`, they stay float; `sign`, b = sign(x) with a clipped straight-through gradient (BiBERT B2);
+            `rsign`, b = sign(x + shift) with the quadratic one (ReActNet D1); `elastic`, a learned scale and a shift
+            for each feature (BiT C1, C2), in 1, 2, 4 or 8 bits; `token`, int8 with a scale found for each token.
+        bits: of the codes; 32 for float.
+        signed_init: an elastic scale of signed inputs starts at `signed_init * mean|x| / sqrt(largest code)`.
+        unsigned_init: the same for inputs that are (nearly) never negative: attention probabilities, ReLU and GELU.
+        ties: what becomes of a value exactly on a threshold, see `functional.sign`.
+
+    Raises:
+        ValueError: an unknown choice, or a width that the kind does not come in.
+    """
+
+    kind: Literal["none", "sign", "rsign", "elastic", "token"] = "none"
+    bits: int = 32
+    signed_init: float = 2.0
+    unsigned_init: float = 4.0
+    ties: Ties = "up"
+
+    def __post_init__(self):
+        check_choices(self)
+        if self.bits not in BITS[self.kind]:
+            raise ValueError(
+                f"activation={self.kind!r} with activation_bits={self.bits!r} is not possible; "
+                f"{self.kind!r} comes in {', '.join(map(str, BITS[self.kind]))} bits."
+            )
+        for name in ("signed_init", "unsigned_init"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a finite number > 0.")
+
+
+# Functions
+
+
+def clipped_sign(x: Tensor, ties: Ties = "up", open_window: bool = False) -> Tensor:
+    """Sign with the clipped straight-through gradient (BiBERT B2): b = sign(x), delta_x = delta_b 1[|x| <= 1].
+
+    Args:
+        x: any shape.
+        ties: sign(0), see `functional.sign`.
+        open_window: 1[|x| < 1] instead, as BiBERT's code has it for queries, keys and values.
+
+    Returns:
+        -1 or +1, same shape.
+    """
+    return _SignThrough.apply(x, None, ties, "open" if open_window else "closed")
+
+
+def quadratic_sign(x: Tensor, ties: Ties = "up") -> Tensor:
+    """Sign with the gradient of Bi-Real's quadratic surrogate (ReActNet D1): delta_x = delta_b (2 - 2|x|) 1[|x| < 1].
+
+    Args:
+        x: any shape, after the shift.
+        ties: sign(0), see `functional.sign`.
+
+    Returns:
+        -1 or +1, same shape.
+    """
+    return _SignThrough.apply(x, None, ties, "quadratic")
+
+
+def elastic_sign(x: Tensor, scale: Tensor, ties: Ties = "up") -> Tensor:
+    """Codes of the elastic signed activation {-a, +a} (BiT C1): b = sign(x), delta_x = delta_b 1[|x| <= a].
+
+    The scale gets its gradient, sum(sign(x) delta_b), where it multiplies the codes.
+
+    Args:
+        x: any shape, after the shift.
+        scale: a [1], > 0.
+        ties: sign(0), see `functional.sign`.
+
+    Returns:
+        -1 or +1, same shape.
+    """
+    return _SignThrough.apply(x, scale.detach(), ties, "closed")
+
+
+def elastic_levels(x: Tensor, scale: Tensor, low: int, high: int, ties: Ties = "up") -> Tensor:
+    """Codes of the elastic activation with several levels (BiT C2, LSQ): b = clip(round(x / a), low, high).
+
+    delta_x = delta_b 1[low <= x/a <= high]. Together with the factor a behind the codes the scale gets
+    dx_b/da = round(x/a) - x/a inside the window, low below and high above it. {0, a} is low = 0, high = 1.
+
+    Args:
+        x: any shape, after the shift.
+        scale: a [1], > 0.
+        low: smallest code.
+        high: largest code.
+        ties: where x/a is half-way: `up`, the upper level; `released`, the even one.
+
+    Returns:
+        Integers from low to high, same shape.
+    """
+    return _LevelsThrough.apply(x, scale, low, high, ties)
+
+
+def bool_gate(scores: Tensor, ties: Ties = "up") -> Tensor:
+    """BiBERT's bool function of attention scores (B3): 1 where the score is not negative, else 0; slope 1 near 0.
+
+    `ties="up"`: b = 1[A >= 0], delta_A = delta_b 1[|A| <= 1] (the paper); `released`: b = 1[A > 0] and 1[|A| < 1] (its
+    code). With even head sizes ties are common: a tenth of the scores at d = 64.
+
+    Args:
+        scores: A, any shape.
+        ties: see above.
+
+    Returns:
+        0 or 1, same shape.
+    """
+    return _BoolThrough.apply(scores, ties)
+
+
+def token_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic int8 for each token: s = max|x| / 127 over its features, b = round(x / s); straight-through gradient.
+
+    Args:
+        x: [..., M].
+
+    Returns:
+        Integers from -127 to 127 [..., M], and scales [..., 1] (constants for autograd).
+    """
+    scale = (x.detach().abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)
+    return _RoundThrough.apply(x / scale), scale
+
+
+def lsq_gradient(scale: Tensor, elements: int, largest_code: int = 1) -> Tensor:
+    """The scale itself, with the gradient of learned step sizes: delta_a / sqrt(N * largest code) (LSQ; BiT C1).
+
+    Args:
+        scale: a [1].
+        elements: N, number of inputs that share the scale.
+        largest_code: largest level, 1 for 1-bit activations.
+    """
+    return _GradientFactor.apply(scale, 1 / math.sqrt(elements * largest_code))
+
+
+def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+    """Shifted PReLU of ReActNet (D2): y = z for z > 0, slope * z otherwise, plus shift_out, where z = x + shift_in.
+
+    (D2 writes the inner shift as beta1 that is added.)
+
+    Args:
+        x: [..., M].
+        shift_in: [M].
+        slope: [M].
+        shift_out: [M].
+
+    Returns:
+        [..., M].
+    """
+    z = x + shift_in
+    return torch.where(z > 0, z, slope * z) + shift_out
+
+
+class _SignThrough(torch.autograd.Function):
+    """Sign with a window; with a scale, the codes of {-a, +a}: delta_x = (delta_codes / a) 1[|x| <= a]."""
+
+    @staticmethod
+    def forward(ctx, x, scale, ties, window):
+        ctx.save_for_backward(x, scale)
+        ctx.window = window
+        return sign(x, ties)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        magnitude = x.abs()
+        if ctx.window == "quadratic":
+            return grad * magnitude.mul_(-2).add_(2).clamp_min_(0), None, None, None
+        bound = 1 if scale is None else scale
+        outside = magnitude >= bound if ctx.window == "open" else magnitude > bound
+        grad = grad.clone() if scale is None else grad / scale
+        return grad.masked_fill_(outside, 0), None, None, None
+
+
+class _LevelsThrough(torch.autograd.Function):
+    """clip(round(x / a)): straight through inside, and for the scale -x/a inside (the factor a adds the codes)."""
+
+    @staticmethod
+    def forward(ctx, x, scale, low, high, ties):
+        ratio = x / scale
+        ctx.save_for_backward(ratio, scale)
+        ctx.low, ctx.high = low, high
+        rounded = torch.round(ratio) if ties == "released" else (ratio + 0.5).floor_()
+        return rounded.clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ratio, scale = ctx.saved_tensors
+        grad_x = (grad / scale).masked_fill_((ratio < ctx.low) | (ratio > ctx.high), 0)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = -torch.dot(ratio.flatten(), grad_x.flatten()).reshape(scale.shape).to(scale.dtype)
+        return grad_x, grad_scale, None, None, None
+
+
+class _BoolThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, ties):
+        ctx.save_for_backward(scores)
+        ctx.ties = ties
+        compare = torch.ge if ties == "up" else torch.gt
+        return compare(scores, 0, out=torch.empty_like(scores))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scores,) = ctx.saved_tensors
+        magnitude = scores.abs()
+        return grad.masked_fill(magnitude > 1 if ctx.ties == "up" else magnitude >= 1, 0), None
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _GradientFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None

@@ -1,0 +1,125 @@
+"""1-bit attention through transformers' own attention interface: no modelling file is touched.
+
+A self-attention module gets a child `binary_attention` that binarizes its queries, keys, values and probabilities;
+the model's attention implementation is set to `rebnn`, which calls that child. Notation: Q, K, V [B, H, S, d] of H
+heads of size d, `mask` [B, 1, S, S] with 0 for pairs that count and a very negative number for the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from .activations import ActivationRule, bool_gate
+from .binarizers import ClippedSign, Elastic
+
+IMPLEMENTATION = "rebnn"
+"""Name under which transformers knows the attention of this file."""
+
+
+class BoolAttention(nn.Module):
+    """BiBERT's Bi-Attention (B3): integers from beginning to end, no softmax.
+
+    A = sign(Q) sign(K)^T * scaling + mask; B = bool(A); context = B sign(V), not normalised. Dropout acts on the
+    scores, and what it drops is inactive. Gradients: `clipped_sign` and `bool_gate`.
+
+    Args:
+        rule: only its ties are used; `released` also opens the windows of the three signs, as BiBERT's code does.
+    """
+
+    def __init__(self, rule: ActivationRule):
+        super().__init__()
+        self.ties = rule.ties
+        for name in ("query", "key", "value"):
+            self.add_module(name, ClippedSign(rule.ties, open_window=rule.ties == "released"))
+
+    def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """sign(Q) sign(K)^T * scaling, [B, H, S, S]."""
+        return self.query(query)[0] @ self.key(key)[0].mT * scaling
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Context [B, H, S, d] and the bools [B, H, S, S]."""
+        scores = self.scores(query, key, scaling)
+        if mask is not None:
+            scores = scores + mask
+        if dropout:
+            kept = F.dropout(torch.ones_like(scores), dropout)
+            scores = (scores * kept).masked_fill(kept == 0, torch.finfo(scores.dtype).min)
+        active = bool_gate(scores, self.ties)
+        return active @ self.value(value)[0], active
+
+
+class ElasticAttention(nn.Module):
+    """BiT's attention (C1, C2): softmax over few-bit queries and keys, and its probabilities in {0, a}.
+
+    P = softmax(Q_b K_b^T * scaling + mask); context = elastic(dropout(P)) V_b. The four scales are learned; there is no
+    shift, whose part the biases of the projections play.
+
+    Args:
+        rule: bits, initial scales and ties.
+    """
+
+    def __init__(self, rule: ActivationRule):
+        super().__init__()
+        for name in ("query", "key", "value"):
+            self.add_module(name, Elastic(rule.bits, True, rule.signed_init, ties=rule.ties))
+        self.probabilities = Elastic(rule.bits, False, rule.unsigned_init, ties=rule.ties)
+
+    def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """Q_b K_b^T * scaling, [B, H, S, S]."""
+        (query, query_scale), (key, key_scale) = self.query(query), self.key(key)
+        return query @ key.mT * (query_scale * key_scale * scaling)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Context [B, H, S, d] and the quantized probabilities [B, H, S, S]."""
+        scores = self.scores(query, key, scaling)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = F.dropout(scores.softmax(-1), dropout)
+        (codes, scale), (value, value_scale) = self.probabilities(probabilities), self.value(value)
+        return codes @ value * (scale * value_scale), codes * scale
+
+
+ATTENTION_OF = {"bool": BoolAttention, "elastic": ElasticAttention}
+"""Kind of attention, as in `ReBNNConfig.attention` -> its module."""
+
+
+def binary_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """transformers' attention function: hands over to the module's `binary_attention`.
+
+    Args:
+        module: the self-attention module.
+        query: [B, H, S, d].
+        key: [B, H, S, d].
+        value: [B, H, S, d].
+        attention_mask: [B, 1, S, S], added to the scores.
+        scaling: default 1 / sqrt(d).
+        dropout: probability.
+        **kwargs: what other attention functions take.
+
+    Returns:
+        Context [B, S, H, d] and attention [B, H, S, S].
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    context, weights = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
+    return context.transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(IMPLEMENTATION, binary_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)

@@ -1,0 +1,181 @@
+"""Which modules of a model become 1-bit, and whether they can: what the verbs of `patching` look at before they change
+anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import LAYOUTS, base_relative, block_prefixes, layout_of
+from .config import ReBNNConfig
+from .layers import LATENT_OF
+
+
+def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
+    """Full name and module of what the config chooses.
+
+    Raises:
+        ValueError: nothing is chosen, or a pattern is wrong.
+    """
+    skipped = _skipped(model, config)
+    targets = {name: module for name, module in _candidates(model, config) if name not in skipped}
+    if not targets:
+        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        raise ValueError(
+            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block "
+            f"of the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer'}. "
+            f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
+        )
+    return targets
+
+
+def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that the switches of the config choose, before names are looked at."""
+    blocks = block_prefixes(model)
+    if config.word_embeddings:
+        yield _word_embeddings(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = base_relative(model, name) is not None
+        if "pooler" in name.split("."):
+            chosen = config.pooler
+        elif inside:
+            chosen = name.startswith(blocks)
+        else:
+            chosen = config.head
+        if chosen:
+            yield name, module
+
+
+def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
+    module = model.get_input_embeddings()
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"word_embeddings=True, but the input embedding of {type(model).__name__} is a {type(module).__name__}; "
+            "use word_embeddings=False."
+        )
+    return next(name for name, m in model.named_modules() if m is module), module
+
+
+def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
+    """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names."""
+    skipped = set()
+    for pattern in config.modules_to_not_convert or []:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} is not a regular expression ({error}); "
+                "give a module's name, a part of it, or a valid expression."
+            ) from error
+        matched = {n for n, _ in model.named_modules() if n and _matches(pattern, n, base_relative(model, n))}
+        if not matched:
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module of {type(model).__name__}; "
+                "print(model) shows the names."
+            )
+        skipped |= matched
+    return skipped
+
+
+def _matches(pattern: str, *names: str | None) -> bool:
+    """A pattern is a run of whole parts of a name (`attention`, `layer.0`), or a regular expression for its start."""
+    return any(
+        f".{pattern}." in f".{name}." or re.match(rf"(?:{pattern})(?=\.|$)", name) for name in names if name is not None
+    )
+
+
+def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_meta: bool = False) -> None:
+    """Raise a ValueError, in words, where a chosen module or the architecture cannot be binarized."""
+    _check_architecture(model, config)
+    for name, module in targets.items():
+        if type(module) not in LATENT_OF:
+            raise ValueError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or "
+                f"nn.Embedding: binarize the float model, or add {name!r} to modules_to_not_convert."
+            )
+        if not module.weight.is_floating_point():
+            raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
+        if module.weight.is_meta and not on_meta:
+            raise ValueError(f"{name}.weight is on the meta device and has no values; load the model first.")
+        if not module.weight.numel():
+            raise ValueError(f"{name}.weight is empty ({tuple(module.weight.shape)}).")
+        if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
+            raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
+    _check_unshared(model, targets, config)
+
+
+def _check_architecture(model, config: ReBNNConfig) -> None:
+    """1-bit attention and other feed-forward functions need to know the modelling code."""
+    wanted = [f"attention={config.attention!r}"] if config.attention != "softmax" else []
+    wanted += [f"ffn_activation={config.ffn_activation!r}"] if config.ffn_activation != "model" else []
+    if wanted and layout_of(model) is None:
+        raise ValueError(
+            f"{' and '.join(wanted)} must know the modelling code, and {model.config.model_type!r} is not among "
+            f"{', '.join(LAYOUTS)}; attention='softmax' with ffn_activation='model' works on every architecture."
+        )
+
+
+def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -> None:
+    uses: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), set()).add(name)
+    tied = tied_weights(model)
+    for name, module in targets.items():
+        own = f"{name}.weight"
+        partners = {target for target, source in tied.items() if source == own} | {tied.get(own, own)}
+        others = (uses[id(module.weight)] | partners) - {own}
+        remedy = f"add {name!r} to modules_to_not_convert"
+        if config.untie_embeddings:
+            others -= tied.keys()
+        elif isinstance(module, nn.Embedding):
+            remedy = "untie_embeddings=True gives the other a float copy of its own"
+        if others:
+            raise ValueError(f"{own} is shared with {', '.join(sorted(others))}, and bits cannot be tied: {remedy}.")
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Weights that transformers ties, {copy: original}; on the meta device they are not one parameter yet."""
+    return model.all_tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else {}
+
+
+def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
+    """Write into the config what was converted and what was not."""
+    relative = {name: base_relative(model, name) for name in targets}
+    config.converted = [short for short in relative.values() if short is not None]
+    config.converted_head = [name for name, short in relative.items() if short is None]
+    config.not_converted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in targets
+    ]
+    config.state = "latent"
+
+
+def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
+    """Full names, in this model, of the modules a config calls converted.
+
+    Another head class, or none, may lack the pooler and the head.
+    """
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    modules = dict(model.named_modules())
+    names = [prefix + name for name in config.converted if "pooler" not in name.split(".") or prefix + name in modules]
+    names += [name for name in config.converted_head if name in modules]
+    if not names:
+        raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")
+    for name in names:
+        if name not in modules:
+            raise ValueError(
+                f"the checkpoint's config calls {name!r} a 1-bit module, but {type(model).__name__} has none of that "
+                "name; config and architecture do not belong together."
+            )
+        if type(modules[name]) not in LATENT_OF:
+            raise ValueError(
+                f"the checkpoint's config calls {name!r} a 1-bit module, but in {type(model).__name__} it is a "
+                f"{type(modules[name]).__name__}."
+            )
+    return names
