@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .activations import ActivationRule, bool_gate
 from .binarizers import ClippedSign, Elastic
@@ -116,6 +117,10 @@ def binary_attention(
     Returns:
         Context [B, S, H, d] and attention [B, H, S, S].
     """
+    if not hasattr(module, "binary_attention"):  # of a float model that shares its config with a binarized one
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context, weights = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
     return context.transpose(1, 2).contiguous(), weights

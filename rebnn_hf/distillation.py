@@ -29,6 +29,7 @@ __all__ = [
     "kl_divergence",
     "logits_mse",
     "relation_loss",
+    "score_mse",
     "soft_cross_entropy",
     "uniform_layer_map",
 ]
@@ -206,6 +207,36 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | N
                 "choose a number of heads that divides the widths of student and teacher."
             )
     return _direction_distance(_relations(student, heads), _relations(teacher, heads))
+
+
+def score_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of attention scores before the softmax (TinyBERT's attention loss).
+
+    L = 1/(H N) sum_h sum_{pairs of tokens} (A_s - A_t)^2, N the number of pairs (i, j) in which both are tokens
+
+    Args:
+        student: [B, H, S, S], without mask added.
+        teacher: [B, H, S, S].
+        mask: [B, S], 1 (or True) for a token and 0 for padding; None when there is no padding.
+
+    Returns:
+        Scalar; 0 when the mask leaves no token.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if student.shape != teacher.shape or student.ndim != 4 or student.numel() == 0:
+        raise ValueError(
+            f"Got student scores {list(student.shape)} and teacher scores {list(teacher.shape)}, expected one shape "
+            "[B, H, S, S], not empty; give both models the same tokens and as many heads."
+        )
+    student, teacher = _widen(student, teacher)
+    if mask is None:
+        return (student - teacher).square().mean()
+    token = mask.bool()
+    pair = (token.unsqueeze(1) & token.unsqueeze(2)).unsqueeze(1)
+    squares = (student - teacher).square().masked_fill(~pair, 0).sum()
+    return squares / (pair.sum() * student.shape[1]).clamp_min(1)
 
 
 def uniform_layer_map(student_layers: int, teacher_layers: int) -> list[int]:

@@ -51,7 +51,8 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     targets = select(model, config)
     check_targets(model, targets, config)
     record(model, config, targets)
-    _own_config(model)
+    if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
+        _own_config(model)
     for name, module in targets.items():
         _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
     _add_activations(model, config, list(targets))
@@ -119,6 +120,9 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES + PACKED_TYPES):
             _replace(model, name, module.to_float())
+    if config.ffn_activation == "relu":
+        _own_config(model)
+        setattr(model.config, layout_of(model).activation_field, "relu")
     forget_quantization(model)
     return model
 
@@ -333,8 +337,6 @@ def _replace_ffn_activation(model: PreTrainedModel, config: ReBNNConfig, layout:
         function = nn.ReLU() if config.ffn_activation == "relu" else _like(RPReLU(output.in_features), output)
         if type(block.get_submodule(layout.ffn_activation)) is not type(function):
             _replace(block, layout.ffn_activation, function)
-    if config.ffn_activation == "relu":
-        setattr(model.config, layout.activation_field, "relu")
 
 
 def _add_attention(model: PreTrainedModel, config: ReBNNConfig, layout: BlockLayout) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,18 +15,21 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import distillation
+from .binarizers import PARAMETRIC, Elastic, calibrate
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
+from .presets import loss_fields
+from .projections import attention_loss, captured_projections, relations_loss
 from .resilience import Resilience, attach, overall
 
 logger = logging.get_logger(__name__)
 
 LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
 HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
+WEIGHTS = ("label_weight", "logits_weight", "hidden_weight", "relation_weight", "attention_weight")
 
-_PROJECTIONS = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
-_PROJECTIONS += (("query_proj", "key_proj", "value_proj"), ("q_proj", "k_proj", "v_proj"))
-"""What transformers' attention modules call their query, key and value projections."""
+CALIBRATION_EXAMPLES = 64
+"""Training examples that the scales of elastic activations are found from."""
 
 
 @dataclass
@@ -33,8 +37,8 @@ class ReBNNTrainingArguments(TrainingArguments):
     """Arguments of `ReBNNTrainer`: those of transformers, and the loss weights and learning rates of binarization.
 
     Total loss: `label_weight * L_labels + logits_weight * L_logits + hidden_weight * L_hidden + relation_weight *
-    L_relations`; the parts with a teacher need one. The reconstruction loss is not a part: the balance rule adds its
-    gradient once per optimizer step.
+    L_relations + attention_weight * L_attention`; the parts with a teacher need one. The reconstruction loss is not a
+    part: the balance rule adds its gradient once per optimizer step.
     """
 
     label_weight: float | None = field(
@@ -45,6 +49,13 @@ class ReBNNTrainingArguments(TrainingArguments):
         default="kl",
         metadata={"help": "Loss on the logits; a regression (one logit) always uses mse.", "choices": LOGITS_LOSSES},
     )
+    logits_reduction: str = field(
+        default="batch",
+        metadata={
+            "help": "Mean of soft_cross_entropy over the batch, or over batch and classes (BiBERT, BiT).",
+            "choices": ("batch", "batch_class"),
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of kl and soft_cross_entropy."})
     hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
     hidden_loss: str = field(
@@ -53,11 +64,17 @@ class ReBNNTrainingArguments(TrainingArguments):
     relation_weight: float = field(
         default=0.0, metadata={"help": "Weight of the direction-matching loss on query, key and value relations."}
     )
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the mean squared distance of attention scores."}
+    )
     latent_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of latent weights; default learning_rate."}
     )
     scale_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of learned scales; default learning_rate."}
+    )
+    activation_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of scales and shifts of activations; default learning_rate."}
     )
     latent_weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of latent weights: it pulls toward the flipping point."}
@@ -78,12 +95,13 @@ class ReBNNTrainingArguments(TrainingArguments):
         super().__post_init__()
         for name, choices in (
             ("logits_loss", LOGITS_LOSSES),
+            ("logits_reduction", ("batch", "batch_class")),
             ("hidden_loss", HIDDEN_LOSSES),
             ("log_oscillation", ("total", "layer")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}.")
-        for name in ("label_weight", "logits_weight", "hidden_weight", "relation_weight"):
+        for name in WEIGHTS:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; loss weights are >= 0.")
         if self.temperature <= 0:
@@ -92,6 +110,19 @@ class ReBNNTrainingArguments(TrainingArguments):
             raise ValueError(
                 "fp16 with a fused optimizer hides gradients from the balance rule; set optim='adamw_torch'."
             )
+
+    @classmethod
+    def preset(cls, name: str, **arguments) -> ReBNNTrainingArguments:
+        """Arguments with the losses that belong to `ReBNNConfig.preset(name)`, see `presets.LOSSES`.
+
+        Args:
+            name: of the preset.
+            **arguments: all others, and losses to set otherwise.
+
+        Raises:
+            ValueError: no preset of that name.
+        """
+        return cls(**{**loss_fields(name), **arguments})
 
 
 class ReBNNTrainer(Trainer):
@@ -155,7 +186,11 @@ class ReBNNTrainer(Trainer):
         return optimizer
 
     def train(self, *args, **kwargs):
-        """Train as transformers does, then draw the oscillation statistics to `output_dir/oscillation.png`."""
+        """Train as transformers does, with scales of elastic activations found from data before.
+
+        Afterwards the oscillation statistics are drawn to `output_dir/oscillation.png`.
+        """
+        self._calibrate()
         result = super().train(*args, **kwargs)
         if self.args.plot_oscillation and self.resilience is not None and self.is_world_process_zero():
             self._plot()
@@ -178,6 +213,24 @@ class ReBNNTrainer(Trainer):
             logs = {**logs, **self._mean_losses(), **self._oscillation()}
         super().log(logs, start_time)
 
+    def _calibrate(self) -> None:
+        """Give elastic activations without one a scale, from the same examples on every process."""
+        examples = self._calibration_examples()
+        if examples:
+            model = self.model.to(self.args.device)
+            calibrate(model, self._prepare_inputs(self.data_collator(examples)))
+
+    def _calibration_examples(self) -> list:
+        if not any(isinstance(m, Elastic) and not m.calibrated for m in self.model.modules()):
+            return []
+        if self.train_dataset is None:
+            raise ValueError("Trainer: training requires a train_dataset.")
+        if not hasattr(self.train_dataset, "__getitem__"):
+            return list(islice(self.train_dataset, CALIBRATION_EXAMPLES))
+        generator = torch.Generator().manual_seed(self.args.seed)
+        indices = torch.randperm(len(self.train_dataset), generator=generator)[:CALIBRATION_EXAMPLES].tolist()
+        return [self.train_dataset[index] for index in indices]
+
     def _plot(self) -> None:
         if find_spec("matplotlib") is None:
             logger.warning(
@@ -198,36 +251,40 @@ class ReBNNTrainer(Trainer):
                 "logits": args.logits_weight,
                 "hidden": args.hidden_weight,
                 "relations": args.relation_weight,
+                "attention": args.attention_weight,
             }
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def _loss_parts(self, model, inputs, num_items_in_batch) -> tuple[dict[str, Tensor], object]:
         weights = self._weights()
-        relations = "relations" in weights
+        projections = weights.keys() & {"relations", "attention"}
         if "hidden" in weights:
             inputs = {**inputs, "output_hidden_states": True}
         unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
         parts = {}
-        with _captured_projections(self.model, relations) as student_projections:
+        with ExitStack() as stack:
+            mine = stack.enter_context(captured_projections(self.model)) if projections else None
             if "labels" in weights:
                 parts["labels"], outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             else:
                 outputs = model(**unlabelled)
         if weights.keys() <= {"labels"}:
             return parts, outputs
-        with torch.no_grad(), _captured_projections(self.teacher, relations) as teacher_projections:
+        with torch.no_grad(), ExitStack() as stack:
+            theirs = stack.enter_context(captured_projections(self.teacher)) if projections else None
             target = self.teacher(**unlabelled)
         mask = inputs.get("attention_mask")
         if "logits" in weights:
             pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
-            parts["logits"] = sum(self._logits_loss(mine, theirs, mask) for mine, theirs in pairs)
+            parts["logits"] = sum(self._logits_loss(student, teacher, mask) for student, teacher in pairs)
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
                 self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
             )
-        if relations:
-            heads = _equal_heads(self.model, self.teacher)
-            parts["relations"] = _relations_loss(student_projections, teacher_projections, heads, mask)
+        if "relations" in weights:
+            parts["relations"] = relations_loss(mine, theirs, mask)
+        if "attention" in weights:
+            parts["attention"] = attention_loss(mine, theirs, mask)
         return parts, outputs
 
     def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -235,8 +292,9 @@ class ReBNNTrainer(Trainer):
             student, teacher = student[mask.bool()], teacher[mask.bool()]
         if self.args.logits_loss == "mse" or student.shape[-1] == 1:
             return distillation.logits_mse(student, teacher)
-        loss = distillation.kl_divergence if self.args.logits_loss == "kl" else distillation.soft_cross_entropy
-        return loss(student, teacher, self.args.temperature)
+        if self.args.logits_loss == "kl":
+            return distillation.kl_divergence(student, teacher, self.args.temperature)
+        return distillation.soft_cross_entropy(student, teacher, self.args.temperature, self.args.logits_reduction)
 
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
         if isinstance(teacher, str | Path):
@@ -247,7 +305,7 @@ class ReBNNTrainer(Trainer):
         return self.accelerator.prepare_model(teacher.to(self.args.device), evaluation_mode=True)
 
     def _regroup(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move latent weights and scales out of the groups that transformers made into groups of their own."""
+        """Move what has its own learning rate out of the groups that transformers made, into groups of its own."""
         args = self.args
         latent = list(_latent_parameters(self.model))
         scales = [
@@ -255,13 +313,21 @@ class ReBNNTrainer(Trainer):
             for m in self.model.modules()
             if isinstance(m, LATENT_TYPES) and m.weight_scale is not None and m.weight_scale.requires_grad
         ]
-        special = {id(p) for p in latent + scales}
+        activations = [
+            p
+            for m in self.model.modules()
+            if isinstance(m, PARAMETRIC)
+            for p in m.parameters(recurse=False)
+            if p.requires_grad
+        ]
+        special = {id(p) for p in latent + scales + activations}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in special]
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         for params, rate, decay in (
             (latent, args.latent_learning_rate, args.latent_weight_decay),
             (scales, args.scale_learning_rate, 0.0),
+            (activations, args.activation_learning_rate, 0.0),
         ):
             if params:
                 rate = args.learning_rate if rate is None else rate
@@ -294,13 +360,12 @@ def _check_arguments(args: TrainingArguments, teacher) -> None:
         raise TypeError(f"args must be ReBNNTrainingArguments, got {type(args).__name__}.")
     if teacher is None and args.label_weight == 0:
         raise ValueError("nothing to train on: label_weight=0 and no teacher; pass a teacher or a label_weight.")
-    if teacher is not None and not any(
-        (args.label_weight, args.logits_weight, args.hidden_weight, args.relation_weight)
-    ):
+    if teacher is not None and not any(getattr(args, name) for name in WEIGHTS):
         raise ValueError("nothing to train on: every loss weight is 0.")
-    if args.relation_weight and args.torch_compile:
+    if (args.relation_weight or args.attention_weight) and args.torch_compile:
         raise ValueError(
-            "relation_weight watches modules inside the model, which torch_compile hides; use one of them."
+            "relation_weight and attention_weight watch modules inside the model, which torch_compile hides; set both "
+            "to 0, or torch_compile=False."
         )
 
 
@@ -320,55 +385,3 @@ def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, LATENT_TYPES) and module.weight.requires_grad:
             yield module.weight
-
-
-@contextmanager
-def _captured_projections(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Outputs of all query, key and value projections of one forward pass, in the order of the layers."""
-    captured: list[Tensor] = []
-    modules = _projections(model) if wanted else []
-    handles = [m.register_forward_hook(lambda _m, _args, output: captured.append(output)) for m in modules]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _projections(model: nn.Module) -> list[nn.Module]:
-    found = []
-    for module in model.modules():
-        children = dict(module.named_children())
-        for names in _PROJECTIONS:
-            if all(isinstance(children.get(name), nn.Linear) for name in names):
-                found += [children[name] for name in names]
-    if not found:
-        raise ValueError(
-            f"relation_weight > 0 needs separate query, key and value projections; {type(model).__name__} has none. "
-            "BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, DeBERTa and ViT have them. Set relation_weight=0."
-        )
-    return found
-
-
-def _equal_heads(student: nn.Module, teacher: nn.Module) -> int:
-    heads, theirs = student.config.num_attention_heads, teacher.config.num_attention_heads
-    if heads != theirs:
-        raise ValueError(
-            f"relation_weight > 0 compares head by head: the student has {heads} heads, the teacher {theirs}; "
-            "use a teacher with as many heads or relation_weight=0."
-        )
-    return heads
-
-
-def _relations_loss(student: list[Tensor], teacher: list[Tensor], heads: int, mask: Tensor | None) -> Tensor:
-    """Direction-matching distances (BiBERT B4) summed over layers and over Q, K and V."""
-    if not all(projection.requires_grad for projection in student):
-        raise ValueError(
-            "relation_weight > 0 reached no gradient: reentrant gradient checkpointing hides the projections; set "
-            "gradient_checkpointing_kwargs={'use_reentrant': False} or relation_weight=0."
-        )
-    layers = distillation.uniform_layer_map(len(student) // 3, len(teacher) // 3)[1:]
-    matched = [teacher[3 * (layer - 1) + which] for layer in layers for which in range(3)]
-    return sum(
-        distillation.relation_loss(mine, theirs, heads, mask) for mine, theirs in zip(student, matched, strict=True)
-    )

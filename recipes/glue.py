@@ -13,13 +13,15 @@ the same command continues where it stopped; stages that are complete are not re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from glue_arguments import parse_arguments
+from glue_arguments import Distillation, parse_arguments
 from glue_grammar import demo_model_config
 from glue_job import Job, load_pretrained, prepare
 from glue_report import print_summary, write_report
@@ -40,6 +42,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PretrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -54,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the stages."""
     job = prepare(parse_arguments(argv))
     job.stage("teacher", fine_tune_teacher)
-    job.stage("latent", distil_student)
+    for stage in job.arguments.distillations():
+        job.stage(stage.name, partial(distil_student, stage=stage))
     job.stage("packed", pack_student)
     report(job)
     PartialState().destroy_process_group()
@@ -112,13 +116,13 @@ def check_labels(teacher: PreTrainedModel, task: GlueTask) -> None:
 # Stage 2: binarize and distil
 
 
-def distil_student(job: Job) -> dict[str, Any]:
-    """Binarizes a copy of the teacher and trains it to answer like the teacher."""
+def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
+    """Binarizes a copy of the teacher, or the student of the stage before, and trains it to answer like its teacher."""
     options = job.arguments.student
     arguments = training_arguments(
-        ReBNNTrainingArguments,
+        partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments,
         job,
-        "latent",
+        stage.name,
         learning_rate=options.learning_rate,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
@@ -127,23 +131,42 @@ def distil_student(job: Job) -> dict[str, Any]:
         **job.arguments.losses(),
     )
     set_seed(job.arguments.run.seed)
-    trainer = DistillationTrainer(
-        model=build_student(job), teacher=load_float(job.teacher_folder), args=arguments, **trainer_inputs(job)
-    )
-    return train_and_save(job, trainer, "latent")
+    model = build_student(job, stage)
+    trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **trainer_inputs(job))
+    return train_and_save(job, trainer, stage.name)
 
 
-def build_student(job: Job) -> PreTrainedModel:
-    """The fine-tuned teacher with 1-bit weights and the student's dropout; its float embeddings stay the teacher's."""
-    config = AutoConfig.from_pretrained(job.teacher_folder)
-    for name, value in config.to_dict().items():
-        if "dropout" in name and type(value) in (int, float):  # each architecture has its own names for it
-            setattr(config, name, job.arguments.student.dropout)
-    student = rebnn_hf.binarize(load_float(job.teacher_folder, config=config), job.arguments.binary.config())
+def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:
+    """The float teacher or, where that is asked for, the student of the stage before."""
+    from_previous = stage.previous is not None and job.arguments.student.stage_teacher == "previous"
+    return load_float(job.run.folder(stage.previous) if from_previous else job.teacher_folder)
+
+
+def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
+    """The model of the stage before, or the fine-tuned teacher, in few bits and with the student's dropout.
+
+    Its float embeddings stay the teacher's.
+    """
+    source = job.teacher_folder if stage.previous is None else job.run.folder(stage.previous)
+    model = load_float(source, config=with_dropout(source, job.arguments.student.dropout))
+    method = job.arguments.binary.config(stage.preset)
+    if stage.previous is None:
+        student = rebnn_hf.binarize(model, method)
+    else:
+        student = rebnn_hf.rebinarize(model, method, carry_scales=job.arguments.student.stage_scales == "carry")
     for module in student.modules():
         if type(module) is nn.Embedding:
             module.weight.requires_grad_(job.arguments.student.train_embeddings)
     return student
+
+
+def with_dropout(source: str | Path, dropout: float) -> PretrainedConfig:
+    """Config of a saved model with another dropout."""
+    config = AutoConfig.from_pretrained(source)
+    for name, value in config.to_dict().items():
+        if "dropout" in name and type(value) in (int, float):  # each architecture has its own names for it
+            setattr(config, name, dropout)
+    return config
 
 
 # Stage 3: pack, reload, evaluate
@@ -212,7 +235,9 @@ def report(job: Job) -> None:
 # What the stages have in common
 
 
-def training_arguments(kind: type[TrainingArguments], job: Job, stage: str, **specific: Any) -> TrainingArguments:
+def training_arguments(
+    kind: Callable[..., TrainingArguments], job: Job, stage: str, **specific: Any
+) -> TrainingArguments:
     """The arguments that teacher and student share, and the `specific` ones of a stage."""
     run = job.arguments.run
     return kind(

@@ -12,6 +12,7 @@ from glue_tasks import TASKS, GlueTask
 from transformers import HfArgumentParser, TrainingArguments
 
 from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments
+from rebnn_hf.presets import CONFIGS, loss_fields
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 
@@ -55,14 +56,17 @@ class TeacherArguments:
 
 @dataclass
 class StudentArguments:
-    """How the 1-bit student is distilled; without a default here, that of the task or of `ReBNNTrainingArguments`."""
+    """How the 1-bit student is distilled; without a default here, that of task, preset or `ReBNNTrainingArguments`."""
 
     _argument_group_name = "student"
 
     learning_rate: float | None = _option("of everything that stays float; default: the task's")
     latent_learning_rate: float | None = _option("of the latent weights; default: the learning rate")
     scale_learning_rate: float | None = _option("of the scales; default: the learning rate")
-    epochs: float | None = _option("default: the task's")
+    activation_learning_rate: float | None = _option(
+        "of scales and shifts of few-bit activations; default: ten times the learning rate"
+    )
+    epochs: float | None = _option("of each stage; default: the task's")
     max_steps: int = _option("this many steps instead of epochs; -1 counts epochs", default=-1)
     batch_size: int | None = _option("examples per step, over all processes; default: the task's")
     dropout: float = _option("of the student; it imitates a teacher without dropout", default=0.0)
@@ -73,16 +77,28 @@ class StudentArguments:
     hidden_weight: float | None = _option("weight of the hidden-state loss")
     logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = _option("distance between logits")
     logits_weight: float | None = _option("weight of the logits loss")
+    logits_reduction: Literal["batch", "batch_class"] | None = _option("mean of the soft cross-entropy")
     temperature: float | None = _option("of the logits loss")
     label_weight: float | None = _option("weight of the loss against the labels")
     relation_weight: float | None = _option("weight of the query/key/value relation loss")
+    attention_weight: float | None = _option("weight of the attention-score loss")
+    stage_teacher: Literal["float", "previous"] = _option("teacher of the stages behind the first", default="float")
+    stage_scales: Literal["carry", "reset"] = _option(
+        "scales of a stage: those of the one before, or new", default="reset"
+    )
 
 
 @dataclass
 class BinaryArguments:
-    """What becomes 1-bit and by which rule; without a default here, that of `ReBNNConfig`."""
+    """What becomes 1-bit and by which rule; without a default here, that of the preset or of `ReBNNConfig`."""
 
     _argument_group_name = "binarization"
+
+    preset: str | None = _option("a named method; the options below override its choices", choices=list(CONFIGS))
+    stages: list[str] = field(
+        default_factory=list,
+        metadata={"help": "presets to train through before --preset, each from the one before", "nargs": "+"},
+    )
 
     balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = _option("the rule for the balance")
     balance_form: Literal["gradient", "decoupled"] | None = _option("where the pull of the balance is applied")
@@ -96,16 +112,29 @@ class BinaryArguments:
     weight_center: Literal["none", "row", "tensor"] | None = _option("mean taken off before the sign")
     weight_ste: Literal["clip", "identity"] | None = _option("window of the straight-through gradient")
     ste_slope: Literal["scale", "unit"] | None = _option("slope of the straight-through gradient")
-    word_embeddings: bool = _option("make the word embeddings 1-bit too", default=False)
-    pooler: bool = _option("make the pooler 1-bit too", default=False)
-    head: bool = _option("make the linear layers of the head 1-bit too", default=False)
+    activation: Literal["none", "sign", "rsign", "elastic", "token"] | None = _option("inputs of 1-bit layers")
+    activation_bits: int | None = _option("their bits")
+    signed_init: float | None = _option("first scale of signed elastic activations, in units of mean|x|")
+    unsigned_init: float | None = _option("the same of those that are not negative")
+    attention: Literal["softmax", "bool", "elastic"] | None = _option("attention with few bits")
+    ffn_activation: Literal["model", "relu", "rprelu"] | None = _option("function of the feed-forward block")
+    ties: Literal["up", "released"] | None = _option("values exactly on a threshold")
+    word_embeddings: bool | None = _option("make the word embeddings 1-bit too")
+    pooler: bool | None = _option("make the pooler 1-bit too")
+    head: bool | None = _option("make the linear layers of the head 1-bit too")
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "names of modules to leave float", "nargs": "+"}
     )
 
-    def config(self) -> ReBNNConfig:
-        """The configuration these options describe."""
-        return ReBNNConfig(**{name: value for name, value in asdict(self).items() if value is not None})
+    def config(self, preset: str | None = None) -> ReBNNConfig:
+        """The configuration these options describe, of an earlier stage with the preset of that stage.
+
+        Raises:
+            ValueError: If they cannot be combined.
+        """
+        preset = preset or self.preset
+        options = {n: v for n, v in asdict(self).items() if v is not None and n not in ("preset", "stages")}
+        return ReBNNConfig.preset(preset, **options) if preset else ReBNNConfig(**options)
 
 
 @dataclass
@@ -124,6 +153,21 @@ class RunArguments:
     save_steps: int = _option("steps between checkpoints", default=500)
     logging_steps: int = _option("steps between log lines", default=50)
     report_to: str = _option("`none`, `tensorboard`, `wandb`, ...", default="none")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """One stage of the distillation.
+
+    Attributes:
+        name: Of the stage and its folder.
+        preset: Its method; None: that of the options alone.
+        previous: The stage whose student it continues; None: it starts from the teacher.
+    """
+
+    name: str
+    preset: str | None
+    previous: str | None
 
 
 @dataclass
@@ -146,20 +190,32 @@ class Arguments:
             raise ValueError("--test_file needs --train_file and --validation_file")
         if data.train_file is not None and (data.task is not None or data.data_dir is not None):
             raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
-        self.binary.config()
+        for preset in self.binary.stages:
+            if preset not in CONFIGS:
+                raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
+        for stage in self.distillations():
+            self.binary.config(stage.preset)
         self._check_numbers()
+
+    def distillations(self) -> list[Distillation]:
+        """The stages between teacher and packed model; the last is `latent`."""
+        names = [f"stage-{number}" for number in range(1, len(self.binary.stages) + 1)] + ["latent"]
+        presets = [*self.binary.stages, self.binary.preset]
+        return [Distillation(*stage) for stage in zip(names, presets, [None, *names[:-1]], strict=True)]
 
     def _check_numbers(self) -> None:
         """What the Trainer would refuse only after the teacher has been trained."""
         student, run = self.student, self.run
         positive = {name: getattr(student, name) for name in ("batch_size", "epochs", "temperature", "learning_rate")}
-        positive |= {name: getattr(student, name) for name in ("latent_learning_rate", "scale_learning_rate")}
+        rates = ("latent_learning_rate", "scale_learning_rate", "activation_learning_rate")
+        positive |= {name: getattr(student, name) for name in rates}
         positive |= {"save_steps": run.save_steps, "logging_steps": run.logging_steps}
         positive |= asdict(self.teacher, dict_factory=lambda items: {k: v for k, v in items if not isinstance(v, str)})
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} {value} must be greater than 0")
-        weights = ("hidden_weight", "logits_weight", "label_weight", "relation_weight", "latent_weight_decay")
+        weights = ("hidden_weight", "logits_weight", "label_weight", "relation_weight", "attention_weight")
+        weights += ("latent_weight_decay",)
         for name in weights:
             if (getattr(student, name) or 0) < 0:
                 raise ValueError(f"--{name} {getattr(student, name)} must not be negative")
@@ -182,25 +238,30 @@ class Arguments:
         for group, name, default in defaults:
             if getattr(group, name) is None:
                 setattr(group, name, default)
+        if student.activation_learning_rate is None:
+            student.activation_learning_rate = 10 * student.learning_rate
         if task.name != "demo" and teacher.model_name_or_path is None:  # the demo's model is trained from scratch
             teacher.model_name_or_path = DEFAULT_MODEL
 
     def to_dict(self) -> dict[str, Any]:
         """All options with the values in use."""
-        groups = (asdict(self.data), asdict(self.teacher), self.student_settings(), asdict(self.run))
+        groups = (asdict(self.data), asdict(self.teacher), self.student_settings("latent"), asdict(self.run))
         return {name: value for group in groups for name, value in group.items()}
 
-    def student_settings(self) -> dict[str, Any]:
-        """The options of distillation and binarization, those left out with the defaults of rebnn_hf."""
+    def student_settings(self, stage: str) -> dict[str, Any]:
+        """The options of distillation and binarization of a stage, those left out with the defaults of rebnn_hf."""
+        preset = next(one.preset for one in self.distillations() if one.name == stage)
+        given = {**(loss_fields(preset) if preset else {}), **self.losses()}
         distillation = {
-            name: getattr(ReBNNTrainingArguments, name, None) if value is None else value
+            name: given.get(name, getattr(ReBNNTrainingArguments, name, None)) if value is None else value
             for name, value in asdict(self.student).items()
         }
-        config = self.binary.config()
-        return distillation | {option.name: getattr(config, option.name) for option in fields(self.binary)}
+        config = self.binary.config(preset)
+        method = {o.name: getattr(config, o.name) for o in fields(self.binary) if o.name not in ("preset", "stages")}
+        return {**distillation, "preset": preset, "stages": self.binary.stages, **method}
 
     def losses(self) -> dict[str, Any]:
-        """The options of the distillation loss and of its learning rates, for `ReBNNTrainingArguments`."""
+        """The options given for distillation loss and learning rates, for `ReBNNTrainingArguments`."""
         own = {option.name for option in fields(ReBNNTrainingArguments)} - {o.name for o in fields(TrainingArguments)}
         return {name: value for name, value in asdict(self.student).items() if name in own and value is not None}
 
@@ -221,7 +282,7 @@ class Arguments:
                 "bf16": self.run.bf16,
                 "seed": self.run.seed,
             },
-            "latent": self.student_settings(),
+            **{stage.name: self.student_settings(stage.name) for stage in self.distillations()},
             "packed": {"packed_dtype": self.run.packed_dtype},
         }
 

@@ -82,7 +82,8 @@ def prepare(arguments: Arguments) -> Job:
     if task.name == "demo":
         torch.set_num_threads(1)  # its model is too small to gain from a second one, and loses where cores are shared
     tokenizer = load_tokenizer(arguments, data)
-    run = RunFolder(arguments.run.output_dir)
+    stages = ("teacher", *(stage.name for stage in arguments.distillations()), "packed")
+    run = RunFolder(arguments.run.output_dir, stages)
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
     settings = arguments.stage_settings(digest(data))

@@ -41,8 +41,8 @@ def write_report(job: Job) -> None:
 
 def collect(job: Job) -> dict[str, Any]:
     """The results of a run whose stages are complete."""
-    records = {stage: job.run.record(stage) for stage in STAGES}
-    folders = {stage: job.run.folder(stage) for stage in STAGES} | {"teacher": job.teacher_folder}
+    records = {stage: job.run.record(stage) for stage in job.run.stages}
+    folders = {stage: job.run.folder(stage) for stage in job.run.stages} | {"teacher": job.teacher_folder}
     sizes = {stage: model_bytes(folder) for stage, folder in folders.items()}
     results = {
         "task": job.task.name,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STAGES = ("teacher", "latent", "packed")
+STAGES = ("teacher", "latent", "packed")  # of a run that distils once
 Settings = dict[str, dict[str, Any]]
 
 
@@ -33,14 +34,15 @@ def read_json(path: Path) -> Any | None:
 
 
 class RunFolder:
-    """Folder with one sub-folder per stage (`teacher`, `latent`, `packed`), each holding the model of that name.
+    """Folder with one sub-folder per stage (`teacher`, ..., `latent`, `packed`), each holding the model of that name.
 
     `stages/<stage>.json` is written when everything of the stage is on disk and stands for its completion;
     `settings.json` holds the settings the folder was begun with; `results.json` exists when all is done.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, stages: Sequence[str] = STAGES):
         self.root = Path(root)
+        self.stages = tuple(stages)
         self.settings_file = self.root / "settings.json"
         self.results_file = self.root / "results.json"
 
@@ -87,21 +89,22 @@ class RunFolder:
     def _changes(self, settings: Settings) -> dict[str, list[str]]:
         begun = read_json(self.settings_file)
         if begun is None:
-            return {STAGES[0]: [f"{self.settings_file.name} is missing"]} if self._has_work_since(STAGES[0]) else {}
+            first = self.stages[0]
+            return {first: [f"{self.settings_file.name} is missing"]} if self._has_work_since(first) else {}
         settings = json.loads(json.dumps(settings))  # in the form they are read back
-        changes = {stage: _differences(begun.get(stage, {}), settings[stage]) for stage in STAGES}
+        changes = {stage: _differences(begun.get(stage, {}), settings[stage]) for stage in self.stages}
         return {stage: lines for stage, lines in changes.items() if lines}
 
     def _has_work_since(self, first: str) -> bool:
         """Whether stage `first` or one after it left anything that could get lost."""
-        stages = STAGES[STAGES.index(first) :]
+        stages = self.stages[self.stages.index(first) :]
         return any(self._record_file(stage).exists() or self.folder(stage).exists() for stage in stages)
 
     def _record_file(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
 
     def _drop_from(self, first: str) -> None:
-        dropped = STAGES[STAGES.index(first) :]
+        dropped = self.stages[self.stages.index(first) :]
         self.results_file.unlink(missing_ok=True)
         for stage in reversed(dropped):  # the record first: a folder without it counts as incomplete
             self._record_file(stage).unlink(missing_ok=True)

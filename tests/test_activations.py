@@ -107,7 +107,9 @@ def test_rprelu_worked_example():
     torch.testing.assert_close(out, tensor(-0.275, 0.1, 1.6, grad=False))
 
 
-@pytest.mark.parametrize("ties, out, grad", [("up", [0, 0, 1, 1, 1], [0, -2, 3, 4, 0]), ("released", [0, 0, 0, 1, 1], 0)])
+@pytest.mark.parametrize(
+    "ties, out, grad", [("up", [0, 0, 1, 1, 1], [0, -2, 3, 4, 0]), ("released", [0, 0, 0, 1, 1], 0)]
+)
 def test_bool_gate(ties, out, grad):
     scores = tensor(-2, -1, 0, 0.5, 1.5)
     active = bool_gate(scores, ties)

@@ -22,6 +22,7 @@ FLOORS = {
     "targets": 4,
     "patching": 5,
     "plotting": 5,
+    "projections": 5,
     "report": 5,
     "resilience": 5,
     "integrations.transformers": 6,

@@ -392,7 +392,32 @@ def test_options_left_out_take_the_defaults_of_the_task():
     assert arguments.student.learning_rate == task.student_learning_rate
     assert arguments.teacher.model_name_or_path == "google-bert/bert-base-uncased"
     assert arguments.run.output_dir == "runs/cola"
-    assert arguments.student_settings()["hidden_weight"] == 1.0
+    assert arguments.student_settings("latent")["hidden_weight"] == 1.0
+    assert arguments.student.activation_learning_rate == 10 * task.student_learning_rate
+
+
+def test_a_preset_sets_method_and_losses_and_options_override_it():
+    arguments = parse_arguments(["--preset", "bibert", "--balance_rule", "flip_maxgrad", "--label_weight", "0.25"])
+    config = arguments.binary.config()
+    assert (config.activation, config.attention, config.weight_center) == ("sign", "bool", "row")
+    assert config.balance_rule == "flip_maxgrad"
+    arguments.fill_in(get_task("rte"))
+    settings = arguments.student_settings("latent")
+    assert (settings["hidden_loss"], settings["label_weight"], settings["relation_weight"]) == ("direction", 0.25, 1.0)
+    assert settings["preset"] == "bibert" and settings["activation"] == "sign"
+
+
+def test_stages_are_named_in_order_and_each_has_the_method_of_its_preset():
+    arguments = parse_arguments(["--preset", "rebnn-bit-w1a1", "--stages", "rebnn-bit-w1a4", "rebnn-bit-w1a2"])
+    stages = [(stage.name, stage.preset, stage.previous) for stage in arguments.distillations()]
+    assert stages == [
+        ("stage-1", "rebnn-bit-w1a4", None),
+        ("stage-2", "rebnn-bit-w1a2", "stage-1"),
+        ("latent", "rebnn-bit-w1a1", "stage-2"),
+    ]
+    arguments.fill_in(get_task("rte"))
+    bits = [settings.get("activation_bits") for settings in arguments.stage_settings("").values()]
+    assert bits == [None, 4, 2, 1, None]
 
 
 def test_packed_model_that_answers_differently_is_not_reported():

@@ -421,7 +421,7 @@ def test_plot_of_a_run(tmp_path):
         ({"logits_weight": -1.0}, "logits_weight=-1.0 is negative"),
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "every loss weight is 0"),
         ({"teacher": None, "label_weight": 0.0}, "no teacher"),
-        ({"relation_weight": 1.0, "torch_compile": True}, "use one of them"),
+        ({"relation_weight": 1.0, "torch_compile": True}, "torch_compile hides; set both to 0"),
         ({"student": "float"}, "call rebnn_hf.binarize"),
     ],
 )
