@@ -60,15 +60,41 @@ TRAINING: dict[str, TrainingDefaults] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueTask(TrainingDefaults):
-    """One task: what its columns, labels and metrics are, and (inherited) how to train on it by default.
+class Task(TrainingDefaults):
+    """What every recipe has to know of its task, and (inherited) how to train on it by default.
 
     Attributes:
-        name: As in `--task`.
-        sentences: The sentence columns, one or two, as the Hub's data set calls them.
-        labels: The label names in the order of their ids; None for regression.
-        metrics: What GLUE reports.
+        name: A short one.
+        title: The name for readers of the model card.
+        labels: The names of the model's outputs in the order of their ids; None for regression.
+        metrics: What is reported.
         main_metric: The one to compare models by; higher is better.
+        language: Of the texts; None if unknown.
+        hub_dataset: The data set on the Hub; None for data from elsewhere.
+        hub_config: The configuration of that data set.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    main_metric: str
+    language: str | None = None
+    hub_dataset: str | None = None
+    hub_config: str | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """How many outputs the model's head has: one for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(Task):
+    """One task of sentences or pairs: what its columns are and what its files look like.
+
+    Attributes:
+        sentences: The sentence columns, one or two, as the Hub's data set calls them.
         folder: The name of the task's folder among the original files; None if there are none.
         file_columns: The header names of the sentences in the original files, or their column numbers where
             there is no header.
@@ -76,11 +102,7 @@ class GlueTask(TrainingDefaults):
         text_labels: Whether the original files and the submissions write label names instead of ids.
     """
 
-    name: str
     sentences: tuple[str, ...]
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    main_metric: str
     folder: str | None = None
     file_columns: tuple[str, ...] | tuple[int, ...] = ()
     file_label: str | int = "label"
@@ -90,11 +112,6 @@ class GlueTask(TrainingDefaults):
     def is_regression(self) -> bool:
         """Whether the model predicts one number."""
         return self.labels is None
-
-    @property
-    def num_labels(self) -> int:
-        """How many outputs the model's head has: one for regression."""
-        return 1 if self.labels is None else len(self.labels)
 
     @property
     def sentence_columns(self) -> tuple[str, ...]:
@@ -119,9 +136,12 @@ def define(
     name: str, sentences: Sequence[str], labels: Sequence[str] | None, metrics: Sequence[str], **files: object
 ) -> GlueTask:
     """Joins a line of the table below with its training defaults; the first metric is the main one."""
+    on_hub = {"title": f"GLUE {name}", "hub_dataset": HUB_DATASET, "hub_config": name}
     return GlueTask(
         *astuple(TRAINING[name]),
         name=name,
+        language=None if name == "custom" else "en",
+        **(on_hub if "folder" in files else {"title": name}),
         sentences=tuple(sentences),
         labels=None if labels is None else tuple(labels),
         metrics=tuple(metrics),
