@@ -8,7 +8,6 @@ a float for regression. Rows of a test split have an `index` and, in GLUE, no la
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from glue_grammar import LABELS as DEMO_LABELS
 from glue_grammar import demo_dataset
+from glue_tsv import read_tsv
 
 HUB_DATASET = "nyu-mll/glue"
 PAIR = ("sentence1", "sentence2")
@@ -285,7 +285,7 @@ def _load_from_folder(task: GlueTask, folder: Path) -> DatasetDict:
 
 def _read_labelled_file(task: GlueTask, path: Path) -> Dataset:
     has_header = isinstance(task.file_label, str)
-    columns, rows = _read_tsv(path, [*task.file_columns, task.file_label], has_header)
+    columns, rows = read_tsv(path, [*task.file_columns, task.file_label], has_header)
     sentences = columns[:-1]
     labels = [_parse_label(task, text, path, row) for text, row in zip(columns[-1], rows, strict=True)]
     data = dict(zip(task.features, [*sentences, labels], strict=True))
@@ -298,56 +298,10 @@ def _read_test_file(task: GlueTask, path: Path) -> Dataset:
     CoLA's test file has a header although its other files have none.
     """
     names = ("sentence",) if task.name == "cola" else task.file_columns
-    columns, rows = _read_tsv(path, [0, *names], has_header=True)
+    columns, rows = read_tsv(path, [0, *names], has_header=True)
     index = [_parse_index(text, path, row) for text, row in zip(columns[0], rows, strict=True)]
     data = dict(zip(task.sentence_columns, columns[1:], strict=True))
     return Dataset.from_dict({**data, "index": index})
-
-
-def _read_tsv(path: Path, columns: Sequence[str | int], has_header: bool) -> tuple[list[list[str]], list[int]]:
-    """Reads columns of a GLUE file: UTF-8, perhaps with a byte-order mark, tabs between fields, no quoting.
-
-    Quote characters are ordinary text here, "null" and "NA" are words: no CSV reader is involved.
-
-    Args:
-        path: The file.
-        columns: Header names, or column numbers from 0.
-        has_header: Whether the first line names the columns.
-
-    Returns:
-        One list per column, and the line number (from 1) of each row. Rows with fewer fields than the file
-        has columns (QQP has them where a question contains a line break) are left out; a warning counts them.
-
-    Raises:
-        ValueError: If a column is missing, or no row is complete.
-    """
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file]
-    header = lines[0] if has_header and lines else []
-    missing = [column for column in columns if isinstance(column, str) and column not in header]
-    if missing:
-        raise ValueError(f"{path} has the columns {header} but not {missing}: is it the file of another task?")
-    positions = [header.index(column) if isinstance(column, str) else column for column in columns]
-    width = len(header) if has_header else max(positions) + 1
-
-    table: list[list[str]] = [[] for _ in columns]
-    complete, short = [], []
-    for number, fields in enumerate(lines[has_header:], start=1 + has_header):
-        if len(fields) < width:
-            short.append(number)
-            continue
-        complete.append(number)
-        for column, position in zip(table, positions, strict=True):
-            column.append(fields[position])
-    if not complete:
-        raise ValueError(f"{path} has no row of {width} tab-separated fields: is it the file of another task?")
-    if short:
-        warnings.warn(
-            f"{path}: left out {len(short)} of {len(short) + len(complete)} rows, which have fewer than "
-            f"{width} fields (the first is line {short[0]})",
-            stacklevel=2,
-        )
-    return table, complete
 
 
 def _parse_label(task: GlueTask, text: str, path: Path, row: int) -> int | float:
