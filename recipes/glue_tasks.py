@@ -19,6 +19,7 @@ from glue_tsv import read_tsv
 
 HUB_DATASET = "nyu-mll/glue"
 PAIR = ("sentence1", "sentence2")
+DIAGNOSTIC_FILES = ("AX/AX.tsv", "diagnostic/diagnostic.tsv")  # of GLUE's AX, in the order they are looked for
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,13 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
     Args:
         name: The task.
         data_dir: The folder with the original TSV files, or the folder that holds the folders CoLA, SST-2,
-            MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI. None loads from the Hub. The demo needs neither.
+            MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI (and, beside MNLI, AX or diagnostic). None loads from the
+            Hub. The demo needs neither.
 
     Returns:
         The splits `train`, `validation` and, where the source has it, `test`; MNLI's are the matched ones,
-        next to `validation_mismatched` and `test_mismatched`.
+        next to `validation_mismatched`, `test_mismatched` and, where the source has it, `test_diagnostic`: GLUE's
+        set AX, which has no training data and is answered by MNLI's model.
 
     Raises:
         ValueError: If the task is unknown, the Hub cannot be reached, or a file has not the task's layout.
@@ -220,6 +223,8 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
 def _load_from_hub(task: GlueTask) -> DatasetDict:
     try:
         dataset = load_dataset(HUB_DATASET, task.name)
+        if task.name == "mnli":
+            dataset["test_diagnostic"] = load_dataset(HUB_DATASET, "ax", split="test")
     except ConnectionError as error:
         raise ValueError(
             f"{HUB_DATASET} cannot be downloaded for task {task.name} without a connection to the Hub: pass "
@@ -280,7 +285,16 @@ def _load_from_folder(task: GlueTask, folder: Path) -> DatasetDict:
             splits[split] = _read_test_file(task, path) if is_test else _read_labelled_file(task, path)
         elif not is_test:
             raise FileNotFoundError(f"task {task.name} needs {path}, which does not exist")
+    diagnostic = _diagnostic_file(folder) if task.name == "mnli" else None
+    if diagnostic is not None:
+        splits["test_diagnostic"] = _read_test_file(task, diagnostic)
     return splits
+
+
+def _diagnostic_file(folder: Path) -> Path | None:
+    """Returns the file of AX beside MNLI's folder; None if there is none."""
+    candidates = (folder.resolve().parent / name for name in DIAGNOSTIC_FILES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _read_labelled_file(task: GlueTask, path: Path) -> Dataset:
