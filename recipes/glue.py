@@ -13,7 +13,7 @@ the same command continues where it stopped; stages that are complete are not re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,15 @@ import torch
 from accelerate import PartialState
 from glue_arguments import Distillation, parse_arguments
 from glue_grammar import demo_model_config
-from glue_job import Job, load_pretrained, prepare
+from glue_job import GlueJob, Job, prepare
 from glue_report import print_summary, write_report
-from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
-from glue_tasks import GlueTask
-from glue_training import (
-    STATE_FILE,
-    DistillationTrainer,
-    FineTuningTrainer,
-    device_arguments,
-    predict,
-    silence,
-    train,
-)
+from glue_tasks import Task
+from glue_training import STATE_FILE, DistillationTrainer, FineTuningTrainer, device_arguments, silence, train
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PretrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -54,8 +44,12 @@ from rebnn_hf import ReBNNTrainingArguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the stages."""
-    job = prepare(parse_arguments(argv))
+    """Runs the recipe."""
+    run_stages(prepare(parse_arguments(argv), GlueJob))
+
+
+def run_stages(job: Job) -> None:
+    """Runs what is left to do of a job of any kind."""
     job.stage("teacher", fine_tune_teacher)
     for stage in job.arguments.distillations():
         job.stage(stage.name, partial(distil_student, stage=stage))
@@ -82,9 +76,10 @@ def fine_tune_teacher(job: Job) -> dict[str, Any]:
         set_seed(job.arguments.run.seed)
         trainer = FineTuningTrainer(model=build_teacher(job), args=arguments, **trainer_inputs(job))
         record |= train_and_save(job, trainer, "teacher")
-    teacher = load_float(job.teacher_folder)
+    teacher, loading = job.load(job.teacher_folder, output_loading_info=True)
+    check_head(loading["missing_keys"], job.task)
     check_labels(teacher, job.task)
-    record["scores"] = score(job, validate(job, teacher))
+    record["scores"] = job.score(job.validate(teacher))
     return record
 
 
@@ -95,10 +90,19 @@ def build_teacher(job: Job) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(demo_model_config(len(job.tokenizer)))
     names = dict(enumerate(job.task.labels)) if job.task.labels else {}
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if names else {}
-    return load_float(source, num_labels=job.task.num_labels, **labels)
+    return job.load(source, num_labels=job.task.num_labels, **labels)
 
 
-def check_labels(teacher: PreTrainedModel, task: GlueTask) -> None:
+def check_head(missing: Iterable[str], task: Task) -> None:
+    """Refuses a teacher without the weights of a head for the task: they would be random."""
+    if missing:
+        raise SystemExit(
+            f"--teacher has no weights {', '.join(sorted(missing))}, but {task.name} needs them: "
+            "pass a model fine-tuned on this task."
+        )
+
+
+def check_labels(teacher: PreTrainedModel, task: Task) -> None:
     """Refuses a teacher whose outputs mean something else than the labels of the task."""
     if teacher.config.num_labels != task.num_labels:
         raise SystemExit(
@@ -139,7 +143,7 @@ def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:
     """The float teacher or, where that is asked for, the student of the stage before."""
     from_previous = stage.previous is not None and job.arguments.student.stage_teacher == "previous"
-    return load_float(job.run.folder(stage.previous) if from_previous else job.teacher_folder)
+    return job.load(job.run.folder(stage.previous) if from_previous else job.teacher_folder)
 
 
 def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
@@ -148,7 +152,7 @@ def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
     Its float embeddings stay the teacher's.
     """
     source = job.teacher_folder if stage.previous is None else job.run.folder(stage.previous)
-    model = load_float(source, config=with_dropout(source, job.arguments.student.dropout))
+    model = job.load(source, config=with_dropout(source, job.arguments.student.dropout))
     method = job.arguments.binary.config(stage.preset)
     if stage.previous is None:
         student = rebnn_hf.binarize(model, method)
@@ -175,19 +179,19 @@ def with_dropout(source: str | Path, dropout: float) -> PretrainedConfig:
 def pack_student(job: Job) -> dict[str, Any]:
     """Packs the student, reloads it as a user would, and compares the two."""
     folder, dtype = job.run.folder("packed"), job.arguments.packed_dtype()
-    latent = load_float(job.run.folder("latent"))
-    latent_logits = validate(job, latent)
+    latent = job.load(job.run.folder("latent"))
+    latent_logits = job.validate(latent)
     if job.process.is_main_process:
         rebnn_hf.pack(latent, dtype).save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
     job.process.wait_for_everyone()
-    packed = AutoModelForSequenceClassification.from_pretrained(folder)
-    packed_logits = validate(job, packed)
+    packed = job.auto_model.from_pretrained(folder)
+    packed_logits = job.validate(packed)
     difference = check_equal(latent_logits, packed_logits, dtype)
-    submit(job, packed)
+    job.submit(packed, packed_logits)
     summary = rebnn_hf.summary(packed)
     return {
-        "scores": {"latent": score(job, latent_logits), "packed": score(job, packed_logits)},
+        "scores": {"latent": job.score(latent_logits), "packed": job.score(packed_logits)},
         "max_logit_difference": difference,
         "size": summary.totals,
         "layers": str(summary),
@@ -208,16 +212,6 @@ def check_equal(latent: dict[str, np.ndarray], packed: dict[str, np.ndarray], dt
             f"{difference:.3g}, which is more than rounding in {dtype}. Nothing is reported."
         )
     return difference
-
-
-def submit(job: Job, model: PreTrainedModel) -> None:
-    """Writes the predictions for the test splits in the form GLUE takes."""
-    for name, split in job.splits("test").items():
-        logits = predict(model, split, job.tokenizer, job.run.root)
-        if job.process.is_main_process:
-            path = job.run.root / "predictions" / submission_name(job.task, name)
-            path.parent.mkdir(exist_ok=True)
-            write_submission(path, job.task, split["index"], predictions_of(job.task, logits))
 
 
 # Stage 4: the report
@@ -269,40 +263,11 @@ def train_and_save(job: Job, trainer: Trainer, stage: str) -> dict[str, Any]:
     folder = job.run.folder(stage)
     trained = train(trainer, folder)
     if job.process.is_main_process:
-        AutoModelForSequenceClassification.from_pretrained(trained.checkpoint).save_pretrained(folder)
+        job.auto_model.from_pretrained(trained.checkpoint).save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
         trained.state.save_to_json(str(folder / STATE_FILE))
     job.process.wait_for_everyone()
     return {"steps": trained.state.global_step, "earlier_seconds": trained.earlier_seconds}
-
-
-def validate(job: Job, model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """The logits of `model` on every validation split."""
-    splits = job.splits("validation")
-    return {name: predict(model, split, job.tokenizer, job.run.root) for name, split in splits.items()}
-
-
-def score(job: Job, logits: dict[str, np.ndarray]) -> dict[str, float]:
-    """The metrics of the task, for MNLI's second split with `_mismatched` at the end of their names."""
-    if not job.process.is_main_process:
-        return {}  # what is recorded is what the main process records
-    compute = compute_metrics(job.task)
-    scores = {}
-    for name, values in logits.items():
-        labels = np.asarray(job.tokens[name]["labels"])
-        for metric, value in compute(EvalPrediction(values, labels)).items():
-            scores[metric + name.removeprefix("validation")] = float(value)
-    return scores
-
-
-def load_float(source: str | Path, **options: Any) -> PreTrainedModel:
-    """A classifier in float32, whatever dtype its file has: it is going to be trained or compared."""
-    options = {"dtype": torch.float32, **options}
-    if device_arguments()["use_cpu"]:
-        # The backward pass of torch's fused attention dominates a training step with short sentences on a CPU;
-        # written out it takes next to nothing.
-        options["attn_implementation"] = "eager"
-    return load_pretrained(AutoModelForSequenceClassification.from_pretrained, source, **options)
 
 
 if __name__ == "__main__":

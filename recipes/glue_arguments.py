@@ -1,4 +1,4 @@
-"""The command line of `glue.py`: its options, their defaults for each task, and which of them shape which stage."""
+"""The command line of a recipe: its options, their defaults for each task, and which of them shape which stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from glue_tasks import TASKS, GlueTask
+from glue_tasks import TASKS, Task
 from transformers import HfArgumentParser, TrainingArguments
 
 from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments
@@ -41,6 +41,24 @@ class DataArguments:
     max_train_samples: int | None = _option("train on this many examples only (the first ones)")
     max_eval_samples: int | None = _option("evaluate on this many examples only (the first ones)")
 
+    def check(self) -> None:
+        """Raises a ValueError where options contradict each other."""
+        if (self.train_file is None) != (self.validation_file is None):
+            raise ValueError("--train_file and --validation_file belong together: pass both")
+        if self.train_file is None and self.test_file is not None:
+            raise ValueError("--test_file needs --train_file and --validation_file")
+        if self.train_file is not None and (self.task is not None or self.data_dir is not None):
+            raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
+
+    def fill_in(self, task: Task) -> None:
+        """Gives every option left out the default of `task`."""
+        self.task = task.name
+        self.max_length = task.max_length if self.max_length is None else self.max_length
+
+    def settings(self) -> dict[str, Any]:
+        """The options that shape the result; where the data lie does not."""
+        return {"task": self.task, "max_length": self.max_length}
+
 
 @dataclass
 class TeacherArguments:
@@ -52,6 +70,11 @@ class TeacherArguments:
     teacher: str | None = _option("an already fine-tuned model (name or folder); without it one is fine-tuned first")
     teacher_learning_rate: float | None = _option("default: the task's")
     teacher_epochs: float | None = _option("default: the task's")
+
+    @property
+    def source(self) -> str | None:
+        """Where model and tokenizer come from; None for the demo's, which are made from nothing."""
+        return self.teacher or self.model_name_or_path
 
 
 @dataclass
@@ -183,13 +206,7 @@ class Arguments:
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""
-        data = self.data
-        if (data.train_file is None) != (data.validation_file is None):
-            raise ValueError("--train_file and --validation_file belong together: pass both")
-        if data.train_file is None and data.test_file is not None:
-            raise ValueError("--test_file needs --train_file and --validation_file")
-        if data.train_file is not None and (data.task is not None or data.data_dir is not None):
-            raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
+        self.data.check()
         for preset in self.binary.stages:
             if preset not in CONFIGS:
                 raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
@@ -222,12 +239,11 @@ class Arguments:
         if not 0 <= student.warm_up < 1:
             raise ValueError(f"--warm_up {student.warm_up} is a share of the steps: at least 0 and less than 1")
 
-    def fill_in(self, task: GlueTask) -> None:
+    def fill_in(self, task: Task) -> None:
         """Gives every option left out the default of `task`."""
+        self.data.fill_in(task)
         student, teacher, run = self.student, self.teacher, self.run
         defaults = (
-            (self.data, "task", task.name),
-            (self.data, "max_length", task.max_length),
             (teacher, "teacher_learning_rate", task.teacher_learning_rate),
             (teacher, "teacher_epochs", task.teacher_epochs),
             (student, "learning_rate", task.student_learning_rate),
@@ -273,9 +289,8 @@ class Arguments:
         """
         return {
             "teacher": {
-                "task": self.data.task,
+                **self.data.settings(),
                 "data": data_digest,
-                "max_length": self.data.max_length,
                 **asdict(self.teacher),
                 "batch_size": self.student.batch_size,
                 "warm_up": self.student.warm_up,
@@ -291,13 +306,13 @@ class Arguments:
         return getattr(torch, self.run.packed_dtype)
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Reads the command line; `Arguments.fill_in` completes it once the task is known.
+def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -> Arguments:
+    """Reads the command line, with the options of a recipe's `data`; `Arguments.fill_in` completes it later.
 
     Raises:
         SystemExit: If the options are wrong or contradict each other.
     """
-    groups = (DataArguments, TeacherArguments, StudentArguments, BinaryArguments, RunArguments)
+    groups = (data, TeacherArguments, StudentArguments, BinaryArguments, RunArguments)
     parser = HfArgumentParser(
         groups,
         description="Fine-tune, binarize, distil, pack and evaluate.",

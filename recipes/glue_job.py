@@ -1,36 +1,60 @@
-"""A run of `glue.py`: options, data, tokenizer, output folder and processes, and how a stage is run once."""
+"""A run of a recipe: options, data, tokenizer, output folder and processes, and how a stage is run once."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from glue_arguments import Arguments
 from glue_files import custom_task, load_files
 from glue_grammar import build_demo_tokenizer
+from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
 from glue_stages import RunFolder
-from glue_tasks import GlueTask, get_task, load_task
-from glue_training import device_arguments, remove_checkpoints
+from glue_tasks import GlueTask, Task, get_task, load_task
+from glue_training import device_arguments, predict, remove_checkpoints
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a teacher on the Hub
 
 
+Logits = dict[str, np.ndarray]
+
+
 @dataclass
-class Job:
-    """Everything the stages share."""
+class Job(ABC):
+    """Everything the stages share; a subclass says what is special about a kind of task.
+
+    Attributes:
+        script: The file that is run, as a reader of the results would type it.
+        auto_model: The class that loads a model with the right head.
+        pipeline_tag: What the Hub calls the kind of task.
+        usage: Code that loads and uses the packed model, for its card.
+    """
+
+    script: ClassVar[str]
+    auto_model: ClassVar[type]
+    pipeline_tag: ClassVar[str]
+    usage: ClassVar[str]
 
     arguments: Arguments
-    task: GlueTask
+    task: Task
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase
     run: RunFolder
@@ -53,6 +77,78 @@ class Job:
             remove_checkpoints(self.run.folder(name))
         self.process.wait_for_everyone()
 
+    def load(self, source: str | Path, **options: Any) -> Any:
+        """A model in float32, whatever dtype its file has: it is going to be trained or compared."""
+        options = {"dtype": torch.float32, **options}
+        if device_arguments()["use_cpu"]:
+            # The backward pass of torch's fused attention dominates a training step with short sentences on a CPU;
+            # written out it takes next to nothing.
+            options["attn_implementation"] = "eager"
+        return load_pretrained(self.auto_model.from_pretrained, source, **options)
+
+    @staticmethod
+    @abstractmethod
+    def load_data(arguments: Arguments) -> tuple[Task, DatasetDict]:
+        """The task and its splits."""
+
+    @staticmethod
+    @abstractmethod
+    def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+        """The tokenizer of teacher and student."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> DatasetDict:
+        """The data as token ids: what is trained on is the split `train`."""
+
+    @abstractmethod
+    def validate(self, model: PreTrainedModel) -> Logits:
+        """The logits of `model` on the validation data."""
+
+    @abstractmethod
+    def score(self, logits: Logits) -> dict[str, float]:
+        """The metrics of what `validate` returns; nothing but in the main process, whose record counts."""
+
+    @abstractmethod
+    def submit(self, model: PreTrainedModel, logits: Logits) -> None:
+        """Writes the predictions of the packed model, whose `logits` on the validation data are known."""
+
+
+class GlueJob(Job):
+    """Sentences or pairs with one answer each."""
+
+    script = "recipes/glue.py"
+    auto_model = AutoModelForSequenceClassification
+    pipeline_tag = "text-classification"
+    usage = """\
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/to/this/folder")"""
+
+    @staticmethod
+    def load_data(arguments: Arguments) -> tuple[GlueTask, DatasetDict]:
+        """The task and its splits, with `sentence1`, for pairs `sentence2`, and `label`."""
+        options = arguments.data
+        try:
+            if options.train_file is not None:
+                data = load_files(options.train_file, options.validation_file, options.test_file)
+                task = custom_task(data)
+            else:
+                task = get_task(options.task or "demo")
+                data = load_task(task.name, options.data_dir)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{error}") from None
+        limits = {"train": options.max_train_samples, "validation": options.max_eval_samples}
+        limits["validation_mismatched"] = options.max_eval_samples
+        return task, DatasetDict({name: first(split, limits.get(name)) for name, split in data.items()})
+
+    @staticmethod
+    def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+        """The tokenizer of the teacher, of the pretrained model, or the demo's own."""
+        if arguments.teacher.source is None:
+            return build_demo_tokenizer(list(data["train"]["sentence1"]))
+        return load_pretrained(AutoTokenizer.from_pretrained, arguments.teacher.source)
+
     @cached_property
     def tokens(self) -> DatasetDict:
         """The data as token ids; made once, by the main process, and read from the cache by the others."""
@@ -67,21 +163,47 @@ class Job:
         """The splits `validation` or `test`, for MNLI with their mismatched twins."""
         return {name: split for name, split in self.tokens.items() if name.startswith(kind)}
 
+    def validate(self, model: PreTrainedModel) -> Logits:
+        """The logits of `model` on every validation split."""
+        splits = self.splits("validation")
+        return {name: predict(model, split, self.tokenizer, self.run.root) for name, split in splits.items()}
 
-def prepare(arguments: Arguments) -> Job:
-    """Loads data and tokenizer and opens the output folder.
+    def score(self, logits: Logits) -> dict[str, float]:
+        """The metrics of the task, for MNLI's second split with `_mismatched` at the end of their names."""
+        if not self.process.is_main_process:
+            return {}
+        compute = compute_metrics(self.task)
+        scores = {}
+        for name, values in logits.items():
+            labels = np.asarray(self.tokens[name]["labels"])
+            for metric, value in compute(EvalPrediction(values, labels)).items():
+                scores[metric + name.removeprefix("validation")] = float(value)
+        return scores
+
+    def submit(self, model: PreTrainedModel, logits: Logits) -> None:
+        """Writes the predictions for the test splits in the form GLUE takes."""
+        for name, split in self.splits("test").items():
+            outputs = predict(model, split, self.tokenizer, self.run.root)
+            if self.process.is_main_process:
+                path = self.run.root / "predictions" / submission_name(self.task, name)
+                path.parent.mkdir(exist_ok=True)
+                write_submission(path, self.task, split["index"], predictions_of(self.task, outputs))
+
+
+def prepare(arguments: Arguments, kind: type[Job]) -> Job:
+    """Loads data and tokenizer and opens the output folder of a job of this kind.
 
     Raises:
         SystemExit: If data or tokenizer cannot be loaded, or the folder holds a run with other settings.
     """
     process = PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
     with process.main_process_first():
-        task, data = load_data(arguments)
+        task, data = kind.load_data(arguments)
     arguments.fill_in(task)
     check_processes(arguments, process)
     if task.name == "demo":
         torch.set_num_threads(1)  # its model is too small to gain from a second one, and loses where cores are shared
-    tokenizer = load_tokenizer(arguments, data)
+    tokenizer = kind.load_tokenizer(arguments, data)
     stages = ("teacher", *(stage.name for stage in arguments.distillations()), "packed")
     run = RunFolder(arguments.run.output_dir, stages)
     with process.main_process_first():
@@ -92,7 +214,7 @@ def prepare(arguments: Arguments) -> Job:
     if process.is_main_process:
         run.begin(settings)
     process.wait_for_everyone()
-    return Job(arguments, task, data, tokenizer, run, teacher_folder, process)
+    return kind(arguments, task, data, tokenizer, run, teacher_folder, process)
 
 
 def check_processes(arguments: Arguments, process: PartialState) -> None:
@@ -106,23 +228,6 @@ def check_processes(arguments: Arguments, process: PartialState) -> None:
         raise SystemExit(
             "several GPUs and one process: use `accelerate launch`, or CUDA_VISIBLE_DEVICES=0 for one GPU."
         )
-
-
-def load_data(arguments: Arguments) -> tuple[GlueTask, DatasetDict]:
-    """The task and its splits, with `sentence1`, for pairs `sentence2`, and `label`."""
-    options = arguments.data
-    try:
-        if options.train_file is not None:
-            data = load_files(options.train_file, options.validation_file, options.test_file)
-            task = custom_task(data)
-        else:
-            task = get_task(options.task or "demo")
-            data = load_task(task.name, options.data_dir)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{error}") from None
-    limits = {"train": options.max_train_samples, "validation": options.max_eval_samples}
-    limits["validation_mismatched"] = options.max_eval_samples
-    return task, DatasetDict({name: _first(split, limits.get(name)) for name, split in data.items()})
 
 
 def digest(data: DatasetDict) -> str:
@@ -153,14 +258,6 @@ def find_teacher(arguments: Arguments, run: RunFolder) -> Path:
     return Path(given)
 
 
-def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
-    """The tokenizer of the teacher, of the pretrained model, or the demo's own."""
-    source = arguments.teacher.teacher or arguments.teacher.model_name_or_path
-    if source is None:
-        return build_demo_tokenizer(list(data["train"]["sentence1"]))
-    return load_pretrained(AutoTokenizer.from_pretrained, source)
-
-
 def load_pretrained(loader: Callable[..., Any], source: str | Path, **options: Any) -> Any:
     """What `loader` makes of a Hub name or folder.
 
@@ -174,7 +271,8 @@ def load_pretrained(loader: Callable[..., Any], source: str | Path, **options: A
         raise SystemExit(f"{source} cannot be loaded: pass the folder of a model you have ({reason}).") from None
 
 
-def _first(split: Dataset, limit: int | None) -> Dataset:
+def first(split: Dataset, limit: int | None) -> Dataset:
+    """The first `limit` rows, or all."""
     return split if limit is None else split.select(range(min(limit, len(split))))
 
 

@@ -1,4 +1,4 @@
-"""What `glue.py` leaves to read: results.json, the model card, the oscillation plot and the table on the console."""
+"""What a recipe leaves to read: results.json, the model card, the oscillation plot and the table on the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
 from glue_stages import STAGES, read_json, write_json
-from glue_tasks import HUB_DATASET
 from glue_training import STATE_FILE
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -85,7 +84,7 @@ def command(job: Job) -> str:
     """The command that made the results, as it would be typed in a checkout."""
     processes = job.process.num_processes
     launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, "recipes/glue.py", *job.arguments.argv])
+    return shlex.join([*launcher, job.script, *job.arguments.argv])
 
 
 def model_bytes(folder: Path) -> int:
@@ -179,9 +178,7 @@ was distilled from a float teacher of the same shape.
 
 ```python
 import rebnn_hf  # lets transformers read 1-bit checkpoints
-from transformers import pipeline
-
-classify = pipeline("text-classification", model="path/to/this/folder")
+{job.usage}
 ```
 
 ## What is 1-bit
@@ -210,17 +207,15 @@ and rebnn_hf {versions["rebnn_hf"]}.
 def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
     """The front matter of the model card."""
     base, task = base_model(job), job.task
-    on_hub = task.folder is not None  # one of the nine, not the demo or files of one's own
-    dataset = HUB_DATASET if on_hub else task.name
     scores = []
     for name, value in results["scores"]["packed"].items():
         metric, mismatched, _ = name.partition("_mismatched")
         scores.append(
             EvalResult(
-                task_type="text-classification",
-                dataset_type=dataset,
-                dataset_name=f"GLUE {task.name}" if on_hub else task.name,
-                dataset_config=task.name if on_hub else None,
+                task_type=job.pipeline_tag,
+                dataset_type=task.hub_dataset or task.name,
+                dataset_name=task.title,
+                dataset_config=task.hub_config,
                 dataset_split=f"validation{mismatched}",
                 metric_type=metric,
                 metric_value=round(value, 4),
@@ -228,13 +223,13 @@ def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
         )
     return ModelCardData(
         base_model=base,
-        datasets=[dataset] if on_hub else None,
+        datasets=[task.hub_dataset] if task.hub_dataset else None,
         eval_results=scores,
-        language="en" if on_hub or task.name == "demo" else None,
+        language=task.language,
         library_name="transformers",
         metrics=list(task.metrics),
         model_name=f"{Path(base or 'bert-small').name}-{task.name}-1bit",
-        pipeline_tag="text-classification",
+        pipeline_tag=job.pipeline_tag,
         tags=["rebnn", "1-bit", "binary-neural-network"],
     )
 
@@ -244,5 +239,5 @@ def base_model(job: Job) -> str | None:
 
     Of a model that came from a folder it is the folder's name: a local path means nothing to the reader of the card.
     """
-    source = job.arguments.teacher.teacher or job.arguments.teacher.model_name_or_path
+    source = job.arguments.teacher.source
     return Path(source).resolve().name if source is not None and Path(source).is_dir() else source

@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 
 METRIC_FOLDER = Path(__file__).resolve().parent / "metrics" / "glue"
 SCORE_RANGE = (0.0, 5.0)  # of STS-B
+MNLI_SUBMISSIONS = {"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "test_diagnostic": "AX.tsv"}
 
 
 def predictions_of(task: GlueTask, logits: np.ndarray) -> np.ndarray:
@@ -42,7 +43,7 @@ def compute_metrics(task: GlueTask) -> Callable[[EvalPrediction], dict[str, floa
 def submission_name(task: GlueTask, split: str = "test") -> str:
     """Returns the file name that gluebenchmark.com expects for a test split, such as `CoLA.tsv`."""
     if task.name == "mnli":
-        return "MNLI-mm.tsv" if split == "test_mismatched" else "MNLI-m.tsv"
+        return MNLI_SUBMISSIONS[split]
     return f"{task.folder or task.name}.tsv"
 
 

@@ -1,4 +1,4 @@
-"""The output folder of `glue.py`: which stages are complete, with which settings, and what they recorded."""
+"""The output folder of a recipe: which stages are complete, with which settings, and what they recorded."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ a float for regression. Rows of a test split have an `index` and, in GLUE, no la
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from glue_grammar import LABELS as DEMO_LABELS
 from glue_grammar import demo_dataset
+from glue_tsv import read_tsv
 
 HUB_DATASET = "nyu-mll/glue"
 PAIR = ("sentence1", "sentence2")
+DIAGNOSTIC_FILES = ("AX/AX.tsv", "diagnostic/diagnostic.tsv")  # of GLUE's AX, in the order they are looked for
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,41 @@ TRAINING: dict[str, TrainingDefaults] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueTask(TrainingDefaults):
-    """One task: what its columns, labels and metrics are, and (inherited) how to train on it by default.
+class Task(TrainingDefaults):
+    """What every recipe has to know of its task, and (inherited) how to train on it by default.
 
     Attributes:
-        name: As in `--task`.
-        sentences: The sentence columns, one or two, as the Hub's data set calls them.
-        labels: The label names in the order of their ids; None for regression.
-        metrics: What GLUE reports.
+        name: A short one.
+        title: The name for readers of the model card.
+        labels: The names of the model's outputs in the order of their ids; None for regression.
+        metrics: What is reported.
         main_metric: The one to compare models by; higher is better.
+        language: Of the texts; None if unknown.
+        hub_dataset: The data set on the Hub; None for data from elsewhere.
+        hub_config: The configuration of that data set.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    main_metric: str
+    language: str | None = None
+    hub_dataset: str | None = None
+    hub_config: str | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """How many outputs the model's head has: one for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(Task):
+    """One task of sentences or pairs: what its columns are and what its files look like.
+
+    Attributes:
+        sentences: The sentence columns, one or two, as the Hub's data set calls them.
         folder: The name of the task's folder among the original files; None if there are none.
         file_columns: The header names of the sentences in the original files, or their column numbers where
             there is no header.
@@ -76,11 +103,7 @@ class GlueTask(TrainingDefaults):
         text_labels: Whether the original files and the submissions write label names instead of ids.
     """
 
-    name: str
     sentences: tuple[str, ...]
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    main_metric: str
     folder: str | None = None
     file_columns: tuple[str, ...] | tuple[int, ...] = ()
     file_label: str | int = "label"
@@ -90,11 +113,6 @@ class GlueTask(TrainingDefaults):
     def is_regression(self) -> bool:
         """Whether the model predicts one number."""
         return self.labels is None
-
-    @property
-    def num_labels(self) -> int:
-        """How many outputs the model's head has: one for regression."""
-        return 1 if self.labels is None else len(self.labels)
 
     @property
     def sentence_columns(self) -> tuple[str, ...]:
@@ -119,9 +137,12 @@ def define(
     name: str, sentences: Sequence[str], labels: Sequence[str] | None, metrics: Sequence[str], **files: object
 ) -> GlueTask:
     """Joins a line of the table below with its training defaults; the first metric is the main one."""
+    on_hub = {"title": f"GLUE {name}", "hub_dataset": HUB_DATASET, "hub_config": name}
     return GlueTask(
         *astuple(TRAINING[name]),
         name=name,
+        language=None if name == "custom" else "en",
+        **(on_hub if "folder" in files else {"title": name}),
         sentences=tuple(sentences),
         labels=None if labels is None else tuple(labels),
         metrics=tuple(metrics),
@@ -176,11 +197,13 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
     Args:
         name: The task.
         data_dir: The folder with the original TSV files, or the folder that holds the folders CoLA, SST-2,
-            MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI. None loads from the Hub. The demo needs neither.
+            MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI (and, beside MNLI, AX or diagnostic). None loads from the
+            Hub. The demo needs neither.
 
     Returns:
         The splits `train`, `validation` and, where the source has it, `test`; MNLI's are the matched ones,
-        next to `validation_mismatched` and `test_mismatched`.
+        next to `validation_mismatched`, `test_mismatched` and, where the source has it, `test_diagnostic`: GLUE's
+        set AX, which has no training data and is answered by MNLI's model.
 
     Raises:
         ValueError: If the task is unknown, the Hub cannot be reached, or a file has not the task's layout.
@@ -200,6 +223,8 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
 def _load_from_hub(task: GlueTask) -> DatasetDict:
     try:
         dataset = load_dataset(HUB_DATASET, task.name)
+        if task.name == "mnli":
+            dataset["test_diagnostic"] = load_dataset(HUB_DATASET, "ax", split="test")
     except ConnectionError as error:
         raise ValueError(
             f"{HUB_DATASET} cannot be downloaded for task {task.name} without a connection to the Hub: pass "
@@ -260,12 +285,21 @@ def _load_from_folder(task: GlueTask, folder: Path) -> DatasetDict:
             splits[split] = _read_test_file(task, path) if is_test else _read_labelled_file(task, path)
         elif not is_test:
             raise FileNotFoundError(f"task {task.name} needs {path}, which does not exist")
+    diagnostic = _diagnostic_file(folder) if task.name == "mnli" else None
+    if diagnostic is not None:
+        splits["test_diagnostic"] = _read_test_file(task, diagnostic)
     return splits
+
+
+def _diagnostic_file(folder: Path) -> Path | None:
+    """Returns the file of AX beside MNLI's folder; None if there is none."""
+    candidates = (folder.resolve().parent / name for name in DIAGNOSTIC_FILES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _read_labelled_file(task: GlueTask, path: Path) -> Dataset:
     has_header = isinstance(task.file_label, str)
-    columns, rows = _read_tsv(path, [*task.file_columns, task.file_label], has_header)
+    columns, rows = read_tsv(path, [*task.file_columns, task.file_label], has_header)
     sentences = columns[:-1]
     labels = [_parse_label(task, text, path, row) for text, row in zip(columns[-1], rows, strict=True)]
     data = dict(zip(task.features, [*sentences, labels], strict=True))
@@ -278,56 +312,10 @@ def _read_test_file(task: GlueTask, path: Path) -> Dataset:
     CoLA's test file has a header although its other files have none.
     """
     names = ("sentence",) if task.name == "cola" else task.file_columns
-    columns, rows = _read_tsv(path, [0, *names], has_header=True)
+    columns, rows = read_tsv(path, [0, *names], has_header=True)
     index = [_parse_index(text, path, row) for text, row in zip(columns[0], rows, strict=True)]
     data = dict(zip(task.sentence_columns, columns[1:], strict=True))
     return Dataset.from_dict({**data, "index": index})
-
-
-def _read_tsv(path: Path, columns: Sequence[str | int], has_header: bool) -> tuple[list[list[str]], list[int]]:
-    """Reads columns of a GLUE file: UTF-8, perhaps with a byte-order mark, tabs between fields, no quoting.
-
-    Quote characters are ordinary text here, "null" and "NA" are words: no CSV reader is involved.
-
-    Args:
-        path: The file.
-        columns: Header names, or column numbers from 0.
-        has_header: Whether the first line names the columns.
-
-    Returns:
-        One list per column, and the line number (from 1) of each row. Rows with fewer fields than the file
-        has columns (QQP has them where a question contains a line break) are left out; a warning counts them.
-
-    Raises:
-        ValueError: If a column is missing, or no row is complete.
-    """
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n").split("\t") for line in file]
-    header = lines[0] if has_header and lines else []
-    missing = [column for column in columns if isinstance(column, str) and column not in header]
-    if missing:
-        raise ValueError(f"{path} has the columns {header} but not {missing}: is it the file of another task?")
-    positions = [header.index(column) if isinstance(column, str) else column for column in columns]
-    width = len(header) if has_header else max(positions) + 1
-
-    table: list[list[str]] = [[] for _ in columns]
-    complete, short = [], []
-    for number, fields in enumerate(lines[has_header:], start=1 + has_header):
-        if len(fields) < width:
-            short.append(number)
-            continue
-        complete.append(number)
-        for column, position in zip(table, positions, strict=True):
-            column.append(fields[position])
-    if not complete:
-        raise ValueError(f"{path} has no row of {width} tab-separated fields: is it the file of another task?")
-    if short:
-        warnings.warn(
-            f"{path}: left out {len(short)} of {len(short) + len(complete)} rows, which have fewer than "
-            f"{width} fields (the first is line {short[0]})",
-            stacklevel=2,
-        )
-    return table, complete
 
 
 def _parse_label(task: GlueTask, text: str, path: Path, row: int) -> int | float:

@@ -1,4 +1,4 @@
-"""What `glue.py` asks of the Trainer: length-grouped batches, short log lines, exact continuation, predictions."""
+"""What a recipe asks of the Trainer: length-grouped batches, short log lines, exact continuation, predictions."""
 
 from __future__ import annotations
 
@@ -211,7 +211,15 @@ def silence(trainer: Trainer) -> None:
 def predict(
     model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, output_dir: Path
 ) -> np.ndarray:
-    """Logits `[examples, labels]` in the order of `dataset`, in float32 and without autocast, over all processes."""
+    """The logits `[examples, labels]` of a model with one output."""
+    (logits,) = predict_all(model, dataset, tokenizer, output_dir)
+    return logits
+
+
+def predict_all(
+    model: PreTrainedModel, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, output_dir: Path
+) -> tuple[np.ndarray, ...]:
+    """All outputs of a model in the order of `dataset`, in float32 and without autocast, over all processes."""
     longest_first = np.argsort([-len(ids) for ids in dataset["input_ids"]], kind="stable")
     inputs = dataset.remove_columns([name for name in dataset.column_names if name not in tokenizer.model_input_names])
     arguments = TrainingArguments(
@@ -221,10 +229,12 @@ def predict(
         **device_arguments(),
     )
     trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
-    sorted_logits = trainer.predict(inputs.select(longest_first)).predictions
-    logits = np.empty(sorted_logits.shape, dtype=np.float32)
-    logits[longest_first] = sorted_logits
-    return logits
+    outputs = trainer.predict(inputs.select(longest_first)).predictions
+    given_order = np.argsort(longest_first)
+    return tuple(
+        np.asarray(output, dtype=np.float32)[given_order]
+        for output in (outputs if isinstance(outputs, tuple) else (outputs,))
+    )
 
 
 def device_arguments() -> dict[str, bool]:

@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import rebnn_hf
 
@@ -333,6 +333,26 @@ def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path):
     lines = submission.read_text().splitlines()
     assert lines[0] == "index\tprediction" and len(lines) == 6
     assert {line.split("\t")[1] for line in lines[1:]} <= {"negative", "positive"}
+
+
+def test_mnli_answers_the_diagnostic_set_too(finished, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "teacher")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    rows = [f"{index}\tgood\tbad\t{label}" for index, label in enumerate(get_task("mnli").labels)]
+    files = {f"MNLI/{name}.tsv": "gold_label" for name in ("train", "dev_matched", "dev_mismatched")}
+    files |= {"MNLI/test_matched.tsv": "x", "MNLI/test_mismatched.tsv": "x", "AX/AX.tsv": "x"}
+    for file, label in files.items():
+        (tmp_path / "glue" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "glue" / file).write_text("\n".join([f"index\tsentence1\tsentence2\t{label}", *rows]) + "\n")
+    options = ["--task", "mnli", "--data_dir", str(tmp_path / "glue"), "--teacher_epochs", "1", "--epochs", "1"]
+    rerun(tmp_path / "run", *options, "--model_name_or_path", str(tmp_path / "encoder"))
+    submissions = tmp_path / "run" / "predictions"
+    assert {path.name for path in submissions.iterdir()} == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+    lines = (submissions / "AX.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2"]
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(get_task("mnli").labels)
 
 
 def test_teacher_inside_the_output_folder_is_refused(finished):

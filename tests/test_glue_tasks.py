@@ -131,6 +131,39 @@ def test_mnli_has_two_of_every_held_out_split(tmp_path):
     assert dataset["test_mismatched"].to_dict() == {"sentence1": ["k"], "sentence2": ["l"], "index": [0]}
 
 
+def mnli_files(folder: Path) -> None:
+    for file in ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"):
+        write(folder / file, "index|sentence1|sentence2|gold_label", "0|a|b|neutral")
+
+
+@pytest.mark.parametrize("file", ["AX/AX.tsv", "diagnostic/diagnostic.tsv"])
+@pytest.mark.parametrize("data_dir", [".", "MNLI"])
+def test_mnli_brings_the_diagnostic_set_if_it_is_there(tmp_path, file, data_dir):
+    mnli_files(tmp_path / "MNLI")
+    assert "test_diagnostic" not in load_task("mnli", tmp_path / data_dir)
+    write(tmp_path / file, "index|sentence1|sentence2", '0|The "cat" sat.|It sat.', "1|null|NA")
+    diagnostic = load_task("mnli", tmp_path / data_dir)["test_diagnostic"]
+    assert diagnostic.to_dict() == {
+        "sentence1": ['The "cat" sat.', "null"],
+        "sentence2": ["It sat.", "NA"],
+        "index": [0, 1],
+    }
+
+
+def test_other_tasks_leave_the_diagnostic_set_alone(tmp_path):
+    write(tmp_path / "AX" / "AX.tsv", "index|sentence1|sentence2", "0|a|b")
+    for file in ("train.tsv", "dev.tsv"):
+        write(tmp_path / "RTE" / file, "index|sentence1|sentence2|label", "0|a|b|entailment")
+    assert list(load_task("rte", tmp_path)) == ["train", "validation"]
+
+
+def test_diagnostic_file_of_another_form_is_refused(tmp_path):
+    mnli_files(tmp_path / "MNLI")
+    write(tmp_path / "AX" / "AX.tsv", "index|premise|hypothesis", "0|a|b")
+    with pytest.raises(ValueError, match=r"AX\.tsv has the columns .*'premise'.* but not \['sentence1', 'sentence2'\]"):
+        load_task("mnli", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("task", "header"), [("rte", "index|sentence1|sentence2|label"), ("qnli", "index|question|sentence|label")]
 )
@@ -225,6 +258,21 @@ def test_hub_columns_and_splits_are_unified():
     assert list(dataset) == ["train", "validation", "validation_mismatched", "test"]
     assert dataset["validation"].to_dict() == {"sentence1": ["a"], "sentence2": ["b"], "label": [2]}
     assert dataset["test"].to_dict() == {"sentence1": ["a"], "sentence2": ["b"], "index": [4]}
+
+
+def test_mnli_from_the_hub_brings_the_diagnostic_set(monkeypatch):
+    rows = Dataset.from_dict({"premise": ["a"], "hypothesis": ["b"], "label": [1], "idx": [0]})
+    hidden = Dataset.from_dict({"premise": ["c", "e"], "hypothesis": ["d", "f"], "label": [-1, -1], "idx": [0, 1]})
+
+    def load_dataset(name: str, config: str, split: str | None = None) -> DatasetDict | Dataset:
+        assert name == "nyu-mll/glue" and (config, split) in {("mnli", None), ("ax", "test")}
+        return hidden if config == "ax" else DatasetDict({"train": rows, "validation_matched": rows})
+
+    monkeypatch.setattr("glue_tasks.load_dataset", load_dataset)
+    dataset = load_task("mnli")
+    assert list(dataset) == ["train", "validation", "test_diagnostic"]
+    expected = {"sentence1": ["c", "e"], "sentence2": ["d", "f"], "index": [0, 1]}
+    assert dataset["test_diagnostic"].to_dict() == expected
 
 
 def test_hub_columns_that_already_have_their_names():
@@ -368,6 +416,7 @@ def test_submission_names():
     assert submission_name(TASKS["sst2"]) == "SST-2.tsv"
     assert submission_name(TASKS["mnli"]) == "MNLI-m.tsv"
     assert submission_name(TASKS["mnli"], "test_mismatched") == "MNLI-mm.tsv"
+    assert submission_name(TASKS["mnli"], "test_diagnostic") == "AX.tsv"
 
 
 def test_bad_predictions_are_refused(tmp_path):
