@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from glue_arguments import parse_arguments
+from glue_augmentation import check_augmentation, student_tokens
 from glue_grammar import demo_model_config
 from glue_job import Job, load_pretrained, prepare
 from glue_report import print_summary, write_report
@@ -53,6 +54,7 @@ from rebnn_hf import ReBNNTrainingArguments
 def main(argv: list[str] | None = None) -> None:
     """Runs the stages."""
     job = prepare(parse_arguments(argv))
+    check_augmentation(job)
     job.stage("teacher", fine_tune_teacher)
     job.stage("latent", distil_student)
     job.stage("packed", pack_student)
@@ -126,11 +128,13 @@ def distil_student(job: Job) -> dict[str, Any]:
         plot_oscillation=False,  # the report draws it, also after an interruption
         **job.arguments.losses(),
     )
+    train_dataset, record = student_tokens(job)
+    inputs = trainer_inputs(job) | {"train_dataset": train_dataset}
     set_seed(job.arguments.run.seed)
     trainer = DistillationTrainer(
-        model=build_student(job), teacher=load_float(job.teacher_folder), args=arguments, **trainer_inputs(job)
+        model=build_student(job), teacher=load_float(job.teacher_folder), args=arguments, **inputs
     )
-    return train_and_save(job, trainer, "latent")
+    return record | train_and_save(job, trainer, "latent")
 
 
 def build_student(job: Job) -> PreTrainedModel:
