@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from glue_arguments import Distillation, parse_arguments
+from glue_augmentation import check_augmentation, student_tokens
 from glue_grammar import demo_model_config
 from glue_job import GlueJob, Job, prepare
 from glue_report import print_summary, write_report
@@ -45,7 +46,9 @@ from rebnn_hf import ReBNNTrainingArguments
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    run_stages(prepare(parse_arguments(argv), GlueJob))
+    job = prepare(parse_arguments(argv), GlueJob)
+    check_augmentation(job)
+    run_stages(job)
 
 
 def run_stages(job: Job) -> None:
@@ -134,10 +137,12 @@ def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
         plot_oscillation=False,  # the report draws it, also after an interruption
         **job.arguments.losses(),
     )
+    train_dataset, record = student_tokens(job)
+    inputs = trainer_inputs(job) | {"train_dataset": train_dataset}
     set_seed(job.arguments.run.seed)
     model = build_student(job, stage)
-    trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **trainer_inputs(job))
-    return train_and_save(job, trainer, stage.name)
+    trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **inputs)
+    return record | train_and_save(job, trainer, stage.name)
 
 
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:

@@ -112,6 +112,41 @@ class StudentArguments:
 
 
 @dataclass
+class AugmentationArguments:
+    """New training sentences for the student by replacing words, as in TinyBERT."""
+
+    _argument_group_name = "augmentation"
+
+    augment: int = _option(
+        "N new sentences for each training example of the student, whose epochs become N + 1 times as long; default: 0",
+        default=0,
+    )
+    augmentation_probability: float = _option("probability of each word to be replaced", default=0.4)
+    augmentation_candidates: int = _option("words to choose from for each word that is replaced", default=15)
+    augmentation_model: str | None = _option(
+        "masked language model that proposes the words; default: the pretrained encoder, whose embedding neighbours "
+        "are taken where it has no such head"
+    )
+
+    def check(self) -> None:
+        """Raises a ValueError where options are wrong or contradict each other."""
+        if self.augment < 0:
+            raise ValueError(f"--augment {self.augment} counts sentences: at least 0")
+        if not 0 < self.augmentation_probability <= 1:
+            raise ValueError(
+                f"--augmentation_probability {self.augmentation_probability} must be greater than 0 and at most 1"
+            )
+        if self.augmentation_candidates < 1:
+            raise ValueError(f"--augmentation_candidates {self.augmentation_candidates} must be at least 1")
+        if self.augmentation_model is not None and not self.augment:
+            raise ValueError(f"--augmentation_model {self.augmentation_model} does nothing without --augment N")
+
+    def settings(self) -> dict[str, Any]:
+        """The options as settings of a stage; none where nothing is augmented."""
+        return asdict(self) if self.augment else {}
+
+
+@dataclass
 class BinaryArguments:
     """What becomes 1-bit and by which rule; without a default here, that of the preset or of `ReBNNConfig`."""
 
@@ -201,6 +236,7 @@ class Arguments:
     data: DataArguments
     teacher: TeacherArguments
     student: StudentArguments
+    augmentation: AugmentationArguments
     binary: BinaryArguments
     run: RunArguments
 
@@ -212,6 +248,7 @@ class Arguments:
                 raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
         for stage in self.distillations():
             self.binary.config(stage.preset)
+        self.augmentation.check()
         self._check_numbers()
 
     def distillations(self) -> list[Distillation]:
@@ -261,7 +298,9 @@ class Arguments:
 
     def to_dict(self) -> dict[str, Any]:
         """All options with the values in use."""
-        groups = (asdict(self.data), asdict(self.teacher), self.student_settings("latent"), asdict(self.run))
+        augmentation = asdict(self.augmentation)
+        student = self.student_settings("latent")
+        groups = (asdict(self.data), asdict(self.teacher), student, augmentation, asdict(self.run))
         return {name: value for group in groups for name, value in group.items()}
 
     def student_settings(self, stage: str) -> dict[str, Any]:
@@ -297,7 +336,10 @@ class Arguments:
                 "bf16": self.run.bf16,
                 "seed": self.run.seed,
             },
-            **{stage.name: self.student_settings(stage.name) for stage in self.distillations()},
+            **{
+                stage.name: self.student_settings(stage.name) | self.augmentation.settings()
+                for stage in self.distillations()
+            },
             "packed": {"packed_dtype": self.run.packed_dtype},
         }
 
@@ -312,7 +354,14 @@ def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -
     Raises:
         SystemExit: If the options are wrong or contradict each other.
     """
-    groups = (data, TeacherArguments, StudentArguments, BinaryArguments, RunArguments)
+    groups = (
+        data,
+        TeacherArguments,
+        StudentArguments,
+        AugmentationArguments,
+        BinaryArguments,
+        RunArguments,
+    )
     parser = HfArgumentParser(
         groups,
         description="Fine-tune, binarize, distil, pack and evaluate.",

@@ -151,12 +151,16 @@ classify = pipeline("text-classification", model="path/to/this/folder")"""
 
     @cached_property
     def tokens(self) -> DatasetDict:
-        """The data as token ids; made once, by the main process, and read from the cache by the others."""
+        """The data as token ids."""
+        return self.tokenized(self.data)
+
+    def tokenized(self, data: DatasetDict) -> DatasetDict:
+        """Splits as token ids; made once, by the main process, and read from the cache by the others."""
         columns = list(self.task.sentence_columns)
         length = min(self.arguments.data.max_length, self.tokenizer.model_max_length)
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": length}
         with self.process.main_process_first():
-            tokens = self.data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
+            tokens = data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
         return DatasetDict({name: _with_labels_column(split) for name, split in tokens.items()})
 
     def splits(self, kind: str) -> dict[str, Dataset]:

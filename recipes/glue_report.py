@@ -53,6 +53,7 @@ def collect(job: Job) -> dict[str, Any]:
         "oscillation": oscillation(read_json(job.run.folder("latent") / STATE_FILE)["log_history"]),
         "steps": {stage: record["steps"] for stage, record in records.items() if "steps" in record},
         "examples": {name: len(split) for name, split in job.data.items()},
+        "augmentation": records["latent"].get("augmentation"),
         "size": records["packed"]["size"],
         "seed": job.arguments.run.seed,
         "processes": job.process.num_processes,

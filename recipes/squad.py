@@ -34,7 +34,12 @@ METRIC_FOLDER = Path(__file__).resolve().parent / "metrics" / "squad"
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    run_stages(prepare(parse_arguments(argv, SquadDataArguments), SquadJob))
+    arguments = parse_arguments(argv, SquadDataArguments)
+    if arguments.augmentation.augment:
+        raise SystemExit(
+            "--augment replaces words of classified sentences; in question answering the answers would move."
+        )
+    run_stages(prepare(arguments, SquadJob))
 
 
 def _option(help_text: str, default: Any = None) -> Any:
