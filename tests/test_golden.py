@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from rebnn_hf import ReBNNConfig
+from rebnn_hf.config import FORMAT_VERSION
 from rebnn_hf.layers import PACKED_TYPES
 
 TESTS = Path(__file__).parent
-GOLDEN = TESTS / "data" / "golden_v1"
 FORMAT = (TESTS.parent / "docs" / "format.md").read_text()
 BLOCK = "bert.encoder.layer.0"
 WIDTHS = {  # module: signs in a row
@@ -29,6 +29,18 @@ WIDTHS = {  # module: signs in a row
     f"{BLOCK}.intermediate.dense": 12,
     f"{BLOCK}.output.dense": 20,
 }
+POOLER = {"bert.pooler.dense": 12}
+GOLDEN = {"golden_v1": WIDTHS, "golden_v2": WIDTHS | POOLER}
+
+
+@pytest.fixture(scope="module", params=list(GOLDEN))
+def folder(request):
+    return TESTS / "data" / request.param
+
+
+@pytest.fixture(scope="module")
+def widths(folder):
+    return GOLDEN[folder.name]
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +52,20 @@ def maker():
 
 
 @pytest.fixture(scope="module")
-def latent(maker):
+def latent(maker, folder):
     """Latent weights and scales by formula, before any packing."""
-    return {name: tensor.detach() for name, tensor in maker.latent_model().state_dict().items()}
+    return {name: tensor.detach() for name, tensor in maker.latent_model(folder.name).state_dict().items()}
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return json.loads((GOLDEN / "expected.json").read_text())
+def expected(folder):
+    return json.loads((folder / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def raw():
+def raw(folder):
     """Tensors of the file as (type, shape, bytes), read without safetensors."""
-    blob = (GOLDEN / "model.safetensors").read_bytes()
+    blob = (folder / "model.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", blob[:8])
     header = json.loads(blob[8 : 8 + size])
     header.pop("__metadata__")
@@ -66,9 +78,9 @@ def signs_by_hand(row, width):
     return [1.0 if row[j // 8] // 2 ** (j % 8) % 2 else -1.0 for j in range(width)]
 
 
-def test_loads_with_the_stored_logits(expected):
-    model = AutoModelForSequenceClassification.from_pretrained(GOLDEN)
-    assert {n for n, m in model.named_modules() if isinstance(m, PACKED_TYPES)} == set(WIDTHS)
+def test_loads_with_the_stored_logits(folder, widths, expected):
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert {n for n, m in model.named_modules() if isinstance(m, PACKED_TYPES)} == set(widths)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(expected["input_ids"])).logits
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=0, atol=1e-6)
@@ -76,17 +88,17 @@ def test_loads_with_the_stored_logits(expected):
     assert (spread > 0.01).all(), "logits that depend on the input"
 
 
-def test_loaded_bits_are_the_stored_bytes(expected, raw):
-    state = AutoModelForSequenceClassification.from_pretrained(GOLDEN).state_dict()
-    assert expected["bits"].keys() == {f"{module}.weight" for module in WIDTHS}
+def test_loaded_bits_are_the_stored_bytes(folder, widths, expected, raw):
+    state = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    assert expected["bits"].keys() == {f"{module}.weight" for module in widths}
     for name, text in expected["bits"].items():
         assert state[name].numpy().tobytes().hex() == text
         assert raw[name][2].hex() == text
 
 
-def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, latent):
-    assert sum((latent[f"{module}.weight"] == 0).sum() for module in WIDTHS) > 9, "zeros, whose sign is +1"
-    for module, width in WIDTHS.items():
+def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, latent, widths):
+    assert sum((latent[f"{module}.weight"] == 0).sum() for module in widths) > 9, "zeros, whose sign is +1"
+    for module, width in widths.items():
         kind, (rows, in_a_row), data = raw[f"{module}.weight"]
         assert (kind, in_a_row, len(data)) == ("U8", (width + 7) // 8, rows * ((width + 7) // 8))
         weight = latent[f"{module}.weight"]
@@ -100,42 +112,45 @@ def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, lat
         assert list(struct.unpack(f"<{rows}f", data)) == latent[f"{module}.weight_scale"].tolist()
 
 
-def test_what_stays_float_is_stored_unchanged(raw, latent):
+def test_what_stays_float_is_stored_unchanged(raw, latent, widths):
     for name, (kind, shape, data) in raw.items():
-        if name.rpartition(".")[0] in WIDTHS and not name.endswith("bias"):
+        if name.rpartition(".")[0] in widths and not name.endswith("bias"):
             continue
         assert (kind, shape) == ("F32", list(latent[name].shape)), name
         assert list(struct.unpack(f"<{len(data) // 4}f", data)) == latent[name].flatten().tolist(), name
     assert raw.keys() == {name for name in latent if not name.endswith("balance")}
 
 
-def test_the_same_model_is_written_the_same_way_today(maker, tmp_path, expected):
-    maker.main(tmp_path)
-    written, golden = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / "model.safetensors")
+def test_the_same_model_is_written_the_same_way_today(maker, folder, tmp_path, expected):
+    maker.main(tmp_path / folder.name)
+    written = load_file(tmp_path / folder.name / "model.safetensors")
+    golden = load_file(folder / "model.safetensors")
     assert written.keys() == golden.keys()
     for name, tensor in written.items():
         assert tensor.dtype == golden[name].dtype and torch.equal(tensor, golden[name]), name
-    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, GOLDEN))
-    assert ours["quantization_config"] == theirs["quantization_config"]
-    assert ours["tie_word_embeddings"] is theirs["tie_word_embeddings"] is False
-    assert json.loads((tmp_path / "expected.json").read_text())["bits"] == expected["bits"]
+    configs = [json.loads((f / "config.json").read_text()) for f in (tmp_path / folder.name, folder)]
+    ours, theirs = (config["quantization_config"] for config in configs)
+    assert folder.name == f"golden_v{theirs.pop('format_version')}" and ours["format_version"] == FORMAT_VERSION
+    assert {name: ours[name] for name in theirs} == theirs
+    assert [config["tie_word_embeddings"] for config in configs] == [False, False]
+    assert json.loads((tmp_path / folder.name / "expected.json").read_text())["bits"] == expected["bits"]
 
 
 # docs/format.md
 
 
-def test_the_reader_in_the_specification_reads_the_golden_file(latent):
+def test_the_reader_in_the_specification_reads_the_golden_file(folder, widths, latent):
     (code,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
     scope = {}
     exec(code, scope)
-    for module, width in WIDTHS.items():
+    for module, width in widths.items():
         signs = np.where(latent[f"{module}.weight"].numpy() >= 0, 1.0, -1.0)
-        weights = scope["binary_weights"](GOLDEN, module, width)
+        weights = scope["binary_weights"](folder, module, width)
         np.testing.assert_array_equal(weights, signs * latent[f"{module}.weight_scale"].numpy()[:, None])
     with pytest.raises(ValueError, match="does not hold rows of 11 signs"):
-        scope["binary_weights"](GOLDEN, f"{BLOCK}.output.dense", 11)
+        scope["binary_weights"](folder, f"{BLOCK}.output.dense", 11)
     with pytest.raises(ValueError, match="does not hold rows of 19 signs"):  # one set bit beyond the 19th
-        scope["binary_weights"](GOLDEN, f"{BLOCK}.output.dense", 19)
+        scope["binary_weights"](folder, f"{BLOCK}.output.dense", 19)
 
 
 def test_the_example_in_the_specification():
@@ -148,5 +163,6 @@ def test_the_example_in_the_specification():
 def test_the_specification_names_every_field_of_the_config():
     for field in dataclasses.fields(ReBNNConfig):
         assert f"`{field.name}`" in FORMAT, field.name
-    saved = json.loads((GOLDEN / "config.json").read_text())["quantization_config"]
+    newest = TESTS / "data" / f"golden_v{FORMAT_VERSION}"
+    saved = json.loads((newest / "config.json").read_text())["quantization_config"]
     assert saved.keys() == {field.name for field in dataclasses.fields(ReBNNConfig)}

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rebnn_hf import ReBNNConfig, binarize, pack, unpack
+from rebnn_hf.config import FORMAT_VERSION
 from rebnn_hf.layers import LATENT_TYPES, PACKED_TYPES, PackedLinear
 
 ROOT = Path(__file__).parents[1]
@@ -185,8 +186,8 @@ def test_a_wrong_shape_is_refused(folder, tensor, shape):
 
 
 def test_a_newer_version_is_refused_before_its_fields_look_unknown(folder):
-    change_config(folder, lambda config: config.update(format_version=2, invented_later=True))
-    with pytest.raises(ValueError, match=r"format_version=2 cannot be read: .* versions 1 to 1\. Upgrade with"):
+    change_config(folder, lambda config: config.update(format_version=FORMAT_VERSION + 1, invented_later=True))
+    with pytest.raises(ValueError, match=r"format_version=3 cannot be read: .* versions 1 to 2\. Upgrade with"):
         load(folder)
 
 
@@ -244,7 +245,7 @@ def test_auto_config_reads_the_saved_fields(packed):
     saved = hf.AutoConfig.from_pretrained(packed[1]).quantization_config
     assert ReBNNConfig.from_dict(saved) == packed[0].config.quantization_config
     assert saved["quant_method"] == "rebnn"
-    assert saved["format_version"] == 1
+    assert saved["format_version"] == FORMAT_VERSION
     assert saved["state"] == "packed"
     assert len(saved["converted"]) == 12
 

@@ -1,7 +1,8 @@
-"""Write the golden packed checkpoint: `python tests/data/make_golden.py tests/data/golden_v1`.
+"""Write a golden packed checkpoint: `python tests/data/make_golden.py tests/data/golden_v2`.
 
-Every number follows from a formula of integers, exact in float32: no random generator, no rounding. Made once for
-format version 1 and never again; a test holds that this script, the files and the loader still agree.
+Every number follows from a formula of integers, exact in float32: no random generator, no rounding. Each was made once,
+with the format version in its name, and never again; a test holds that this script, the files and the loader still
+agree.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from rebnn_hf import ReBNNConfig, binarize, pack
+
+METHODS = {
+    "golden_v1": ReBNNConfig(word_embeddings=True),
+    "golden_v2": ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True, pooler=True),
+}
 
 INPUT_IDS = [[2, 5, 7, 11, 13, 3], [1, 17, 4, 4, 18, 0]]
 
@@ -31,7 +37,7 @@ def scale(number: int, row: int) -> float:
 def fill(name: str, number: int, shape: torch.Size) -> torch.Tensor:
     """Contents of one tensor of the latent model."""
     count = shape.numel()
-    if name.endswith("weight_scale"):
+    if name.endswith("scale"):
         values = [scale(number, row) for row in range(count)]
     elif name.endswith("LayerNorm.weight"):
         values = [1 + value(number, index) / 4 for index in range(count)]
@@ -40,7 +46,7 @@ def fill(name: str, number: int, shape: torch.Size) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(shape)
 
 
-def latent_model() -> BertForSequenceClassification:
+def latent_model(name: str) -> BertForSequenceClassification:
     """A tiny BERT with binary word embeddings; rows of 12 and 20 signs, so that bytes have spare bits."""
     config = BertConfig(
         vocab_size=19,
@@ -52,7 +58,7 @@ def latent_model() -> BertForSequenceClassification:
         type_vocab_size=1,
         num_labels=3,
     )
-    model = binarize(BertForSequenceClassification(config), ReBNNConfig(word_embeddings=True)).eval()
+    model = binarize(BertForSequenceClassification(config), METHODS[name]).eval()
     tensors = sorted(name for name in model.state_dict() if not name.endswith("balance"))
     model.load_state_dict({n: fill(n, i, model.state_dict()[n].shape) for i, n in enumerate(tensors)}, strict=False)
     return model
@@ -60,7 +66,7 @@ def latent_model() -> BertForSequenceClassification:
 
 def main(folder: Path) -> None:
     """Save the packed model, its inputs and logits, and its bits as hexadecimal text."""
-    model = pack(latent_model())
+    model = pack(latent_model(folder.name))
     model.save_pretrained(folder)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(INPUT_IDS)).logits
