@@ -368,13 +368,16 @@ def _train_as_one_of_two(rank, folder, port):
     assert trainer.args.world_size == 2
     trainer.train()
     torch.save(latent_state(trainer.model), f"{folder}/{rank}.pt")
+    few_bits = distributed_trainer(folder, 4, rebnn_hf.ReBNNConfig.preset("rebnn-bit-w1a1"))
+    few_bits.train()
+    torch.save(few_bits.model.state_dict(), f"{folder}/{rank}-few-bits.pt")
 
 
-def distributed_trainer(folder, batch):
+def distributed_trainer(folder, batch, config=None):
     """Float64 and no padding, so that processes differ from one by rounding only."""
     return trainer_for(
         folder,
-        rebnn_hf.binarize(bert(seed=1).double()),
+        rebnn_hf.binarize(bert(seed=1).double(), config),
         bert(seed=1).double(),
         Sentences(length=4),
         per_device_train_batch_size=batch,
@@ -401,6 +404,10 @@ def test_two_processes_agree_with_one(tmp_path):
     single.train()
     for name, value in latent_state(single.model).items():
         torch.testing.assert_close(first[name], value)
+    first, second = (torch.load(tmp_path / f"{rank}-few-bits.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second)
+    scales = [value.item() for name, value in first.items() if name.endswith(".scale")]
+    assert len(scales) > 10 and all(scale != 0 for scale in scales)
 
 
 def test_plot_of_a_run(tmp_path):
