@@ -26,6 +26,7 @@ _HOME = {
     "unpack": "patching",
     "rebinarize": "patching",
     "summary": "report",
+    "operations": "flops",
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",

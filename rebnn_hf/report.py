@@ -1,7 +1,8 @@
 """What is in a model, in bits and bytes: `summary` by module, `packed_size` by part.
 
 Counted are the tensors that exist, by rule of the bit format: a packed matrix [O, M] takes `O * ceil(M / 8)` bytes and
-one float scale per row; everything else keeps its float type. The header of a safetensors file is not included.
+one float scale per row; everything else keeps its float type. The header of a safetensors file is not included. What
+they multiply is counted in `flops`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architecture import block_prefixes
+from .binarizers import PARAMETRIC, RPReLU
 from .config import ReBNNConfig
+from .flops import code_bits, linear_bits
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .packing import packed_width
 
@@ -24,6 +27,7 @@ PARTS = (
     "encoder",
     "pooler",
     "scales",
+    "activations",
     "other_embeddings",
     "biases",
     "norms",
@@ -40,20 +44,25 @@ class Row:
     Attributes:
         name: of the module.
         type: its class.
-        parameters: values of the float model that it holds (weight and bias; scales and balance are additions);
-            tied ones are counted where they come first.
-        binary: how many of them are 1-bit.
+        parameters: values of the float model that it holds (weight and bias); tied ones are counted where they come
+            first.
+        added: values that the packed model has beside them: scales, shifts, slopes.
+        binary: how many of the parameters are 1-bit.
         bits: per weight, in the inference form.
+        activation_bits: of the inputs of a linear layer; None for other modules.
         bytes_now: parameters and buffers in memory.
         bytes_packed: after `pack`, in the file: bits, scales, bias.
-        note: for 1-bit modules their state, for float ones why they are float.
+        note: for 1-bit modules their state, for scales and shifts what they belong to, for float ones why they are
+            float.
     """
 
     name: str
     type: str
     parameters: int
+    added: int
     binary: int
     bits: int
+    activation_bits: int | None
     bytes_now: int
     bytes_packed: int
     note: str
@@ -65,8 +74,9 @@ class Summary:
 
     Attributes:
         rows: one per module.
-        totals: `parameters`, `binary_parameters`, `binary_share`, `bytes_now`, `bytes_packed`, `bytes_float32`
-            (of the parameters, at 4 bytes each) and `ratio` = bytes_float32 / bytes_packed.
+        totals: `parameters`, `added_parameters`, `binary_parameters`, `binary_share` (of `parameters`), `bytes_now`,
+            `bytes_packed`, `bytes_float32` (of `parameters`, at 4 bytes each) and `ratio` = bytes_float32 /
+            bytes_packed.
     """
 
     rows: list[Row]
@@ -77,12 +87,12 @@ class Summary:
         return {"rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
 
     def __str__(self) -> str:
-        header = ("module", "type", "parameters", "bits", "bytes now", "bytes packed", "")
+        header = ("module", "type", "parameters", "added", "W/A bits", "bytes now", "bytes packed", "")
         lines = [header, *(_cells(rows) for rows in _grouped(self.rows))]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         text = [
             "  ".join(
-                cell.ljust(width) if column in (0, 1, 6) else cell.rjust(width)
+                cell.ljust(width) if column in (0, 1, 7) else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -91,7 +101,8 @@ class Summary:
         return "\n".join(
             [
                 *text,
-                f"{totals['parameters']:,} parameters, {totals['binary_share']:.2%} of them 1-bit",
+                f"{totals['parameters']:,} parameters, {totals['binary_share']:.2%} of them 1-bit; "
+                f"{totals['added_parameters']:,} added (scales, shifts, slopes)",
                 f"{totals['bytes_now']:,} bytes now, {totals['bytes_packed']:,} packed: "
                 f"{totals['ratio']:.1f} x smaller than float32 ({totals['bytes_float32']:,})",
             ]
@@ -118,8 +129,10 @@ def summary(model: nn.Module) -> Summary:
             name=name,
             type=type(module).__name__,
             parameters=sum(e.values for e in entries),
+            added=sum(e.added for e in entries),
             binary=sum(e.values for e in entries if e.binary),
             bits=1 if isinstance(module, LATENT_TYPES + PACKED_TYPES) else max(8 * e.itemsize for e in entries),
+            activation_bits=linear_bits(module)[1] if isinstance(module, nn.Linear) else None,
             bytes_now=sum(e.now for e in entries),
             bytes_packed=sum(e.packed for e in entries),
             note=_note(name, module, entries, place),
@@ -130,6 +143,7 @@ def summary(model: nn.Module) -> Summary:
     packed = sum(row.bytes_packed for row in rows)
     totals = {
         "parameters": parameters,
+        "added_parameters": sum(row.added for row in rows),
         "binary_parameters": binary,
         "binary_share": binary / max(parameters, 1),
         "bytes_now": sum(row.bytes_now for row in rows),
@@ -149,8 +163,9 @@ def packed_size(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[st
 
     Returns:
         Bytes of `word_embeddings`, `encoder` (matrices of the blocks) and `pooler` (its matrix), each as bits or float;
-        `scales`, one per row of every 1-bit matrix; `other_embeddings` (positions, token types); `biases` of the base
-        model; `norms`; `head`, what else is outside the base model; `other`; and their sum `total`.
+        `scales`, one per row of every 1-bit matrix; `activations`, scales and shifts of few-bit inputs and attention
+        and the parameters of RPReLU; `other_embeddings` (positions, token types); `biases` of the base model; `norms`;
+        `head`, what else is outside the base model; `other`; and their sum `total`.
 
     Raises:
         TypeError: `dtype` is not floating point.
@@ -167,10 +182,11 @@ def packed_size(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[st
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of a module: values of the float model in it, bytes in memory and in the packed file."""
+    """A tensor of a module: values of the float model or added ones in it, bytes in memory and in the packed file."""
 
     name: str
     values: int
+    added: int
     binary: bool
     itemsize: int
     now: int
@@ -188,27 +204,30 @@ def _modules(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tup
             entries.append(
                 _entry(module, key, tensor, dtype)
                 if owner == name
-                else _Entry(key, 0, False, tensor.itemsize, 0, 0, owner)
+                else _Entry(key, 0, 0, False, tensor.itemsize, 0, 0, owner)
             )
         if isinstance(module, LATENT_TYPES) and module.weight_scale is None:  # closed form: it exists once packed
-            size = module.weight.shape[0] * (dtype or module.weight.dtype).itemsize
-            entries.append(_Entry("weight_scale", 0, False, module.weight.itemsize, 0, size))
+            scales, size = module.weight.shape[0], (dtype or module.weight.dtype).itemsize
+            entries.append(_Entry("weight_scale", 0, scales, False, module.weight.itemsize, 0, scales * size))
         if entries:
             yield name, module, entries
 
 
 def _entry(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype | None) -> _Entry:
     float_size = (dtype if dtype and tensor.is_floating_point() else tensor.dtype).itemsize
-    values, saved = tensor.numel(), tensor.numel() * float_size
-    binary = key == "weight" and isinstance(module, LATENT_TYPES + PACKED_TYPES)
-    if binary:
+    values, added, saved = tensor.numel(), 0, tensor.numel() * float_size
+    one_bit = isinstance(module, LATENT_TYPES + PACKED_TYPES)
+    if one_bit and key == "weight":
         rows, width = tensor.shape[0], module.width if isinstance(module, PACKED_TYPES) else tensor.shape[1]
         values, saved = rows * width, rows * packed_width(width)
-    elif key in ("weight_scale", "balance") and isinstance(module, LATENT_TYPES + PACKED_TYPES):
-        values, saved = 0, module.weight.shape[0] * float_size if key == "weight_scale" else 0
+    elif one_bit and key in ("weight_scale", "balance"):
+        values, added = 0, module.weight.shape[0] if key == "weight_scale" else 0
+        saved = added * float_size
+    elif isinstance(module, PARAMETRIC):
+        values, added = 0, values
     elif not isinstance(tensor, nn.Parameter):
         values, saved = 0, 0 if key in module._non_persistent_buffers_set else saved
-    return _Entry(key, values, binary, tensor.itemsize, tensor.nbytes, saved)
+    return _Entry(key, values, added, one_bit and key == "weight", tensor.itemsize, tensor.nbytes, saved)
 
 
 class _Place:
@@ -226,7 +245,9 @@ class _Place:
             self.words = None
 
     def of(self, name: str, module: nn.Module) -> str:
-        """One of `word embeddings`, `embedding`, `LayerNorm`, `head`, `pooler`, `block`, `outside`."""
+        """One of `activations`, `word embeddings`, `embedding`, `LayerNorm`, `head`, `pooler`, `block`, `outside`."""
+        if isinstance(module, PARAMETRIC):
+            return "activations"
         if module is self.words:
             return "word embeddings"
         if "norm" in type(module).__name__.lower():
@@ -247,6 +268,7 @@ class _Place:
         if key == "bias" and place in ("pooler", "block", "outside"):
             return "biases"
         return {
+            "activations": "activations",
             "word embeddings": "word_embeddings",
             "embedding": "other_embeddings",
             "LayerNorm": "norms",
@@ -262,6 +284,11 @@ def _note(name: str, module: nn.Module, entries: list[_Entry], place: _Place) ->
         return ", ".join(f"{entry.name} tied to {entry.tied_to}" for entry in tied)
     if not any(True for _ in module.parameters(recurse=False)) and not isinstance(module, PACKED_TYPES):
         return "buffers"
+    if isinstance(module, RPReLU):
+        return "shifts and slopes of RPReLU"
+    if isinstance(module, PARAMETRIC):
+        what = "attention" if "binary_attention" in name.split(".") else "inputs"
+        return f"{' and '.join(entry.name for entry in entries)} of {code_bits(module)}-bit {what}"
     bias = "; bias float" if any(entry.name == "bias" for entry in entries) else ""
     if isinstance(module, PACKED_TYPES):
         return f"packed{bias}"
@@ -292,7 +319,8 @@ def _grouped(rows: list[Row]) -> list[list[Row]]:
     """Rows that differ only in the number of their block."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        alike = (re.sub(r"\.\d+(?=\.|$)", ".*", row.name, count=1), row.type, row.bits, row.parameters, row.note)
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", row.name, count=1)
+        alike = (name, row.type, row.bits, row.activation_bits, row.parameters, row.added, row.note)
         groups.setdefault(alike, []).append(row)
     return list(groups.values())
 
@@ -304,9 +332,12 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
     if len(rows) > 1:
         numbers = _ranges([int(re.search(r"\.(\d+)(?=\.|$)", row.name).group(1)) for row in rows])
         name = re.sub(r"\.\d+(?=\.|$)", f".{numbers}", name, count=1)
-    columns = (sum(row.parameters for row in rows), first.bits, sum(row.bytes_now for row in rows))
-    packed = sum(row.bytes_packed for row in rows)
-    return (name or "(model)", first.type, *(f"{number:,}" for number in (*columns, packed)), first.note)
+    bits = f"{first.bits}" if first.activation_bits is None else f"{first.bits}/{first.activation_bits}"
+    parameters, added, now, packed = (
+        f"{sum(getattr(row, column) for row in rows):,}"
+        for column in ("parameters", "added", "bytes_now", "bytes_packed")
+    )
+    return (name or "(model)", first.type, parameters, added, bits, now, packed, first.note)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -19,6 +19,7 @@ FLOORS = {
     "config": 2,
     "attention": 3,
     "layers": 3,
+    "flops": 4,
     "targets": 4,
     "patching": 5,
     "plotting": 5,

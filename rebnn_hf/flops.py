@@ -1,0 +1,203 @@
+"""What a forward pass multiplies, by the bits of the factors: `operations`.
+
+An *equivalent FLOP* follows the convention of the literature on 1-bit networks: a multiply-accumulate of m-bit by n-bit
+codes is m * n / 64 of a float one, as if a processor did 64 one-bit products (XNOR and popcount) in the time of one
+float product. It is an ideal that compares methods, never a measured speed. A product with a float factor counts as a
+float one whatever the other factor: signs of weights alone (W1A32) save multiplications, but no accumulations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, layout_of
+from .binarizers import Elastic, TokenInt8
+from .layers import LATENT_TYPES, PACKED_TYPES
+
+PARTS = (
+    "linear layers of the embeddings",
+    "linear layers of the blocks",
+    "products of attention",
+    "pooler",
+    "head",
+)
+"""Parts of `operations`, in the order of its rows."""
+
+HEADS_ONCE = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How the classes are called whose head sees one vector for each sequence."""
+
+HEADS_EACH = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+"""How the classes are called whose head sees every token."""
+
+WIDEST_CODE = 8
+"""Bits of the widest integer codes; wider factors are float."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Multiply-accumulates of one part with factors of the same bits.
+
+    Attributes:
+        part: one of `PARTS`.
+        bits: of the two factors: weights and inputs of linear layers; in attention queries and keys, as probabilities
+            and values.
+        macs: multiply-accumulates.
+        equivalent_flops: 2 * macs * m * n / 64, or 2 * macs with a float factor.
+    """
+
+    part: str
+    bits: tuple[int, int]
+    macs: int
+    equivalent_flops: float
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Result of `operations`; `print` shows it as a table that says what is counted.
+
+    Attributes:
+        tokens: of the sequence.
+        rows: one per part and bits.
+        totals: `macs`; `float_flops` = 2 * macs, were all float; `equivalent_flops`; and their `ratio`.
+    """
+
+    tokens: int
+    rows: list[Products]
+    totals: dict[str, float]
+
+    def to_dict(self) -> dict:
+        """Tokens, rows and totals as plain data for JSON."""
+        return {"tokens": self.tokens, "rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
+
+    def __str__(self) -> str:
+        totals = self.totals
+        title = f"one sequence of {self.tokens} tokens"
+        lines = [
+            f"{title:<34}{'bits':>8}{'MACs':>20}{'equivalent FLOPs':>20}",
+            *(_line(row.part, "{} x {}".format(*row.bits), row.macs, row.equivalent_flops) for row in self.rows),
+            _line("total", "", totals["macs"], totals["equivalent_flops"]),
+            f"all in float: {totals['float_flops']:,} FLOPs (2 for each multiply-accumulate), "
+            f"{totals['ratio']:.1f} x as many",
+            "Equivalent FLOPs: an m x n-bit multiply-accumulate is m * n / 64 of a float one, and with a float factor",
+            "(W1A32) a whole one. An ideal for comparing methods, never a measured speed. Not counted: look-ups and",
+            "elementwise float work (LayerNorm, softmax, activation functions, scales, biases, binarization).",
+        ]
+        return "\n".join(lines)
+
+
+def operations(model: PreTrainedModel, tokens: int = 128) -> Operations:
+    """Multiply-accumulates of one sequence, by the bits of their factors.
+
+    A linear layer O x M takes tokens * O * M (pooler, and heads that see one vector for each sequence: O * M); the two
+    products of attention take 2 * tokens^2 * hidden size in each block. Elementwise work and look-ups are not counted.
+
+    Args:
+        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`; it may be on the meta device.
+        tokens: of the sequence, without padding.
+
+    Returns:
+        Rows and totals, also in equivalent FLOPs (see the head of this file). `print(operations(model))` shows a
+        table, `.to_dict()` is JSON.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an architecture or head of which it is not known what it multiplies; `tokens` is no positive
+            integer.
+
+    Example:
+        >>> print(rebnn_hf.operations(model, tokens=384))
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"operations() expects a transformers PreTrainedModel, got {type(model).__name__}.")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r} must be a positive integer.")
+    _check_architecture(model)
+    macs: dict[tuple[str, tuple[int, int]], int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            part = _part(model, name)
+            once = part == "pooler" or (part == "head" and _head_runs_once(model))
+            key = (part, linear_bits(module))
+            macs[key] = macs.get(key, 0) + (1 if once else tokens) * module.in_features * module.out_features
+    for _, block in blocks(model):
+        key = ("products of attention", _attention_bits(model, block))
+        macs[key] = macs.get(key, 0) + 2 * tokens**2 * model.config.hidden_size
+    rows = [
+        Products(part, bits, count, 2 * count * _cost(bits))
+        for (part, bits), count in sorted(macs.items(), key=lambda item: (PARTS.index(item[0][0]), item[0][1]))
+    ]
+    total, equivalent = sum(row.macs for row in rows), sum(row.equivalent_flops for row in rows)
+    totals = {
+        "macs": total,
+        "float_flops": 2 * total,
+        "equivalent_flops": equivalent,
+        "ratio": 2 * total / equivalent,
+    }
+    return Operations(tokens, rows, totals)
+
+
+def _line(part: str, bits: str, macs: int, flops: float) -> str:
+    return f"{part:<34}{bits:>8}{macs:>20,}{flops:>20,.0f}"
+
+
+def linear_bits(linear: nn.Linear) -> tuple[int, int]:
+    """Bits of the weights and of the inputs of a linear layer; what is not binarized has those of its float type."""
+    width = 8 * (linear.weight_scale if isinstance(linear, PACKED_TYPES) else linear.weight).itemsize
+    if not isinstance(linear, LATENT_TYPES + PACKED_TYPES):
+        return width, width
+    return 1, width if linear.input_binarizer is None else code_bits(linear.input_binarizer)
+
+
+def code_bits(binarizer: nn.Module) -> int:
+    """Bits of the codes that a layer of `binarizers` gives."""
+    if isinstance(binarizer, TokenInt8):
+        return 8
+    return binarizer.bits if isinstance(binarizer, Elastic) else 1
+
+
+def _attention_bits(model: PreTrainedModel, block: nn.Module) -> tuple[int, int]:
+    """Queries, keys, values and probabilities of 1-bit attention all have the same bits."""
+    binary = getattr(block.get_submodule(layout_of(model).attention), "binary_attention", None)
+    bits = 8 * model.dtype.itemsize if binary is None else code_bits(binary.query)
+    return bits, bits
+
+
+def _cost(bits: tuple[int, int]) -> float:
+    """Of a multiply-accumulate, in float ones."""
+    return 1 if max(bits) > WIDEST_CODE else bits[0] * bits[1] / 64
+
+
+def _part(model: PreTrainedModel, name: str) -> str:
+    """The part a linear layer belongs to."""
+    if "pooler" in name.split("."):
+        return "pooler"
+    if base_relative(model, name) is None:
+        return "head"
+    inside = name.startswith(block_prefixes(model))
+    return "linear layers of the blocks" if inside else "linear layers of the embeddings"
+
+
+def _head_runs_once(model: PreTrainedModel) -> bool:
+    """Whether the head sees one vector for each sequence, by the name of its class in transformers."""
+    for kind in type(model).__mro__:
+        if kind.__name__.endswith(HEADS_ONCE):
+            return True
+        if kind.__name__.endswith(HEADS_EACH):
+            return False
+    raise ValueError(
+        f"it is not known whether the head of {type(model).__name__} runs once or for every token; known are "
+        f"{', '.join(HEADS_ONCE + HEADS_EACH)}. operations(model.base_model) counts all but the head."
+    )
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    if layout_of(model) is None:
+        raise ValueError(
+            f"operations() must know what attention multiplies, and {model.config.model_type!r} is not among "
+            f"{', '.join(LAYOUTS)}; summary(model) shows bits and bytes of every architecture."
+        )
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError("operations() counts encoders, and this model is a decoder (config.is_decoder=True).")
