@@ -29,18 +29,11 @@ WIDTHS = {  # module: signs in a row
     f"{BLOCK}.intermediate.dense": 12,
     f"{BLOCK}.output.dense": 20,
 }
-POOLER = {"bert.pooler.dense": 12}
-GOLDEN = {"golden_v1": WIDTHS, "golden_v2": WIDTHS | POOLER}
 
 
-@pytest.fixture(scope="module", params=list(GOLDEN))
+@pytest.fixture(scope="module", params=["golden_v1", "golden_v2"])
 def folder(request):
     return TESTS / "data" / request.param
-
-
-@pytest.fixture(scope="module")
-def widths(folder):
-    return GOLDEN[folder.name]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +71,9 @@ def signs_by_hand(row, width):
     return [1.0 if row[j // 8] // 2 ** (j % 8) % 2 else -1.0 for j in range(width)]
 
 
-def test_loads_with_the_stored_logits(folder, widths, expected):
+def test_loads_with_the_stored_logits(folder, expected):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert {n for n, m in model.named_modules() if isinstance(m, PACKED_TYPES)} == set(widths)
+    assert {n for n, m in model.named_modules() if isinstance(m, PACKED_TYPES)} == set(WIDTHS)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(expected["input_ids"])).logits
     torch.testing.assert_close(logits, torch.tensor(expected["logits"]), rtol=0, atol=1e-6)
@@ -88,17 +81,17 @@ def test_loads_with_the_stored_logits(folder, widths, expected):
     assert (spread > 0.01).all(), "logits that depend on the input"
 
 
-def test_loaded_bits_are_the_stored_bytes(folder, widths, expected, raw):
+def test_loaded_bits_are_the_stored_bytes(folder, expected, raw):
     state = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
-    assert expected["bits"].keys() == {f"{module}.weight" for module in widths}
+    assert expected["bits"].keys() == {f"{module}.weight" for module in WIDTHS}
     for name, text in expected["bits"].items():
         assert state[name].numpy().tobytes().hex() == text
         assert raw[name][2].hex() == text
 
 
-def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, latent, widths):
-    assert sum((latent[f"{module}.weight"] == 0).sum() for module in widths) > 9, "zeros, whose sign is +1"
-    for module, width in widths.items():
+def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, latent):
+    assert sum((latent[f"{module}.weight"] == 0).sum() for module in WIDTHS) > 9, "zeros, whose sign is +1"
+    for module, width in WIDTHS.items():
         kind, (rows, in_a_row), data = raw[f"{module}.weight"]
         assert (kind, in_a_row, len(data)) == ("U8", (width + 7) // 8, rows * ((width + 7) // 8))
         weight = latent[f"{module}.weight"]
@@ -112,9 +105,9 @@ def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, lat
         assert list(struct.unpack(f"<{rows}f", data)) == latent[f"{module}.weight_scale"].tolist()
 
 
-def test_what_stays_float_is_stored_unchanged(raw, latent, widths):
+def test_what_stays_float_is_stored_unchanged(raw, latent):
     for name, (kind, shape, data) in raw.items():
-        if name.rpartition(".")[0] in widths and not name.endswith("bias"):
+        if name.rpartition(".")[0] in WIDTHS and not name.endswith("bias"):
             continue
         assert (kind, shape) == ("F32", list(latent[name].shape)), name
         assert list(struct.unpack(f"<{len(data) // 4}f", data)) == latent[name].flatten().tolist(), name
@@ -139,11 +132,11 @@ def test_the_same_model_is_written_the_same_way_today(maker, folder, tmp_path, e
 # docs/format.md
 
 
-def test_the_reader_in_the_specification_reads_the_golden_file(folder, widths, latent):
+def test_the_reader_in_the_specification_reads_the_golden_file(folder, latent):
     (code,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
     scope = {}
     exec(code, scope)
-    for module, width in widths.items():
+    for module, width in WIDTHS.items():
         signs = np.where(latent[f"{module}.weight"].numpy() >= 0, 1.0, -1.0)
         weights = scope["binary_weights"](folder, module, width)
         np.testing.assert_array_equal(weights, signs * latent[f"{module}.weight_scale"].numpy()[:, None])

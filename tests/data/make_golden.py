@@ -18,7 +18,7 @@ from rebnn_hf import ReBNNConfig, binarize, pack
 
 METHODS = {
     "golden_v1": ReBNNConfig(word_embeddings=True),
-    "golden_v2": ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True, pooler=True),
+    "golden_v2": ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True),
 }
 
 INPUT_IDS = [[2, 5, 7, 11, 13, 3], [1, 17, 4, 4, 18, 0]]
