@@ -51,7 +51,7 @@ from glue_augmentation import (
     whole_words,
 )
 from glue_grammar import demo_dataset
-from glue_job import Job
+from glue_job import GlueJob
 from glue_stages import RunFolder, read_json
 from glue_tasks import get_task
 
@@ -358,7 +358,7 @@ def test_labels_and_the_other_sentence_of_a_pair_stay(tokenizer, masked_lm):
 # ---------------------------------------------------------------------------------------------------------- whole jobs
 
 
-def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "sst2", rows: int = 10) -> Job:
+def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "sst2", rows: int = 10) -> GlueJob:
     features = Features({"sentence1": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     data = DatasetDict(
         {
@@ -369,7 +369,7 @@ def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "
     options = ("--task", task, "--augment", 2, "--augmentation_candidates", 4, *options)
     arguments = options_of(*options, "--model_name_or_path", source)
     run = RunFolder(folder)
-    return Job(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
+    return GlueJob(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
 
 
 def test_only_the_students_training_set_grows(tmp_path, tokenizer, with_head):
@@ -599,8 +599,8 @@ SHARE = """
 import sys
 from glue_arguments import parse_arguments
 from glue_augmentation import augmented_examples
-from glue_job import prepare
-examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:])))
+from glue_job import GlueJob, prepare
+examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:]), GlueJob))
 """
 
 
@@ -632,5 +632,5 @@ def test_two_processes_make_what_one_makes(tmp_path, tokenizer, with_head, _keep
 
     from glue_job import prepare
 
-    one, _ = augmented_examples(prepare(parse_arguments([*options, "--output_dir", str(tmp_path / "one")])))
+    one, _ = augmented_examples(prepare(parse_arguments([*options, "--output_dir", str(tmp_path / "one")]), GlueJob))
     assert two.to_dict() == one.to_dict()
