@@ -35,23 +35,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import glue
 import glue_augmentation
+import glue_augmentation_candidates
 from glue_arguments import parse_arguments
-from glue_augmentation import (
-    FOLDER,
-    Augmenter,
+from glue_augmentation import FOLDER, Augmenter, augmented_examples, check_augmentation, student_tokens
+from glue_augmentation_candidates import (
     CandidateFinder,
     Encoder,
     Vocabulary,
-    augmented_examples,
-    check_augmentation,
     load_encoder,
     load_masked_lm,
     read_sentences,
-    student_tokens,
     whole_words,
 )
 from glue_grammar import demo_dataset
-from glue_job import Job
+from glue_job import GlueJob
 from glue_stages import RunFolder, read_json
 from glue_tasks import get_task
 
@@ -204,7 +201,7 @@ def asked_one_by_one(tokenizer, model, sentence, word, count) -> list[str]:
 
 @pytest.mark.parametrize("scores", [2**26, 700])
 def test_candidates_are_the_most_likely_words_of_the_masked_language_model(tokenizer, masked_lm, monkeypatch, scores):
-    monkeypatch.setattr(glue_augmentation, "SCORES", scores)  # 700: one or two short sentences a batch
+    monkeypatch.setattr(glue_augmentation_candidates, "SCORES", scores)  # 700: one or two short sentences a batch
     texts = [*sentences(6), "the cat saw .", "the dog saw the cat ."]
     queries = queries_of(tokenizer, texts)
     found = CandidateFinder(encoder_of(tokenizer, masked_lm), 4).find(queries)
@@ -256,12 +253,12 @@ def test_each_question_is_asked_once(tokenizer, masked_lm, monkeypatch):
     queries = queries_of(tokenizer, sentences(5))
     first = finder.find([*queries, *queries])
     assert len(asked) == len(queries) and first == finder.find(queries) * 2 and len(asked) == len(queries)
-    monkeypatch.setattr(glue_augmentation, "KNOWN", 3)
+    monkeypatch.setattr(glue_augmentation_candidates, "KNOWN", 3)
     assert finder.find(queries) == first[: len(queries)] and not finder.known
 
 
 def test_batches_keep_the_scores_within_bounds(tokenizer, masked_lm, monkeypatch):
-    monkeypatch.setattr(glue_augmentation, "SCORES", 100 * len(tokenizer))  # 100 tokens
+    monkeypatch.setattr(glue_augmentation_candidates, "SCORES", 100 * len(tokenizer))  # 100 tokens
     lengths = [*np.random.default_rng(0).integers(3, 60, 300).tolist(), 150]
     batches = list(CandidateFinder(encoder_of(tokenizer, masked_lm), 4)._batches(lengths))
     assert sorted(index for batch in batches for index in batch) == list(range(301))
@@ -358,7 +355,7 @@ def test_labels_and_the_other_sentence_of_a_pair_stay(tokenizer, masked_lm):
 # ---------------------------------------------------------------------------------------------------------- whole jobs
 
 
-def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "sst2", rows: int = 10) -> Job:
+def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "sst2", rows: int = 10) -> GlueJob:
     features = Features({"sentence1": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
     data = DatasetDict(
         {
@@ -369,7 +366,7 @@ def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "
     options = ("--task", task, "--augment", 2, "--augmentation_candidates", 4, *options)
     arguments = options_of(*options, "--model_name_or_path", source)
     run = RunFolder(folder)
-    return Job(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
+    return GlueJob(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
 
 
 def test_only_the_students_training_set_grows(tmp_path, tokenizer, with_head):
@@ -599,8 +596,8 @@ SHARE = """
 import sys
 from glue_arguments import parse_arguments
 from glue_augmentation import augmented_examples
-from glue_job import prepare
-examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:])))
+from glue_job import GlueJob, prepare
+examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:]), GlueJob))
 """
 
 
@@ -632,5 +629,5 @@ def test_two_processes_make_what_one_makes(tmp_path, tokenizer, with_head, _keep
 
     from glue_job import prepare
 
-    one, _ = augmented_examples(prepare(parse_arguments([*options, "--output_dir", str(tmp_path / "one")])))
+    one, _ = augmented_examples(prepare(parse_arguments([*options, "--output_dir", str(tmp_path / "one")]), GlueJob))
     assert two.to_dict() == one.to_dict()

@@ -1,0 +1,22 @@
+"""Fine-tunes the float teacher of a GLUE task and stops there: the first stage of `glue.py`, with its options.
+
+python recipes/ablation_teacher.py --task sst2 --output_dir FOLDER      # leaves the model in FOLDER/teacher
+"""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from glue import fine_tune_teacher
+from glue_arguments import parse_arguments
+from glue_job import GlueJob, prepare
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stage, unless it is complete."""
+    job = prepare(parse_arguments(argv), GlueJob)
+    job.stage("teacher", fine_tune_teacher)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
