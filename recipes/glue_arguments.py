@@ -248,6 +248,9 @@ class Arguments:
                 raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
         for stage in self.distillations():
             self.binary.config(stage.preset)
+        if self.binary.config().ties == "released":
+            name = f"--preset {self.binary.preset}" if self.binary.preset else "--ties released"
+            raise ValueError(f"{name} trains but cannot be packed: use ReBNNTrainer itself, or --ties up")
         self.augmentation.check()
         self._check_numbers()
 

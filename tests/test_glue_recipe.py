@@ -335,6 +335,37 @@ def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path):
     assert {line.split("\t")[1] for line in lines[1:]} <= {"negative", "positive"}
 
 
+STAGED = ["--preset", "rebnn-bit-w1a1", "--stages", "rebnn-bit-w1a2", "--max_steps", "3"]
+
+
+def test_stages_continue_one_another_and_the_last_is_packed(finished, tmp_path):
+    options = [*custom_files(tmp_path), "--teacher", str(finished.folder / "teacher"), *STAGED]
+    rerun(tmp_path / "run", *options, "--stage_scales", "carry", "--stage_teacher", "previous")
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["steps"] == {"stage-1": 3, "latent": 3}
+    assert results["scores"]["packed"] == results["scores"]["latent"] and results["max_logit_difference"] < 1e-4
+    first, last = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / stage) for stage in ("stage-1", "latent")
+    )
+    methods = [model.config.quantization_config for model in (first, last)]
+    assert [method.activation_bits for method in methods] == [2, 1]
+    # Three steps of 1e-3 each: the second stage starts from the first, not from the teacher.
+    name = "bert.encoder.layer.0.output.dense"
+    moved = (last.get_submodule(name).weight - first.get_submodule(name).weight).abs().max().item()
+    assert 0 < moved <= 3.1e-3
+    before = stamps(tmp_path / "run")
+    rerun(tmp_path / "run", *options, "--stage_scales", "carry", "--stage_teacher", "previous")
+    assert {name for name, stamp in stamps(tmp_path / "run").items() if stamp != before.get(name)} <= {"settings.json"}
+    with pytest.raises(SystemExit, match="stages"):
+        rerun(tmp_path / "run", *[word for word in options if word not in ("--stages", "rebnn-bit-w1a2")])
+
+
+def test_presets_that_cannot_be_packed_are_refused_before_training(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--preset", "bit-released"])
+    assert "--preset bit-released trains but cannot be packed" in capsys.readouterr().err
+
+
 def test_mnli_answers_the_diagnostic_set_too(finished, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / "teacher")
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
