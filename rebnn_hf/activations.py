@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .functional import Ties, check_choices, sign
+from .functional import Ties, check_choices, sign, through_window
 
 ACTIVATION_SCALE_FLOOR = 1e-5
 """Smallest scale of an elastic activation (BiT C1)."""
@@ -186,20 +186,22 @@ class _SignThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, ties, window):
-        ctx.save_for_backward(x, scale)
+        # In units of a, so that the bounds are constants. Division rounds to the nearest float, and therefore
+        # |x / a| <= 1 exactly where |x| <= a.
+        ctx.save_for_backward(x if scale is None else x / scale, scale)
         ctx.window = window
         return sign(x, ties)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale = ctx.saved_tensors
-        magnitude = x.abs()
         if ctx.window == "quadratic":
-            return grad * magnitude.mul_(-2).add_(2).clamp_min_(0), None, None, None
-        bound = 1 if scale is None else scale
-        outside = magnitude >= bound if ctx.window == "open" else magnitude > bound
-        grad = grad.clone() if scale is None else grad / scale
-        return grad.masked_fill_(outside, 0), None, None, None
+            passed = torch.rsub(x.abs(), 2, alpha=2).clamp_min_(0).mul_(grad)
+        elif ctx.window == "open":
+            passed = torch.ops.aten.hardtanh_backward(grad, x, -1, 1)
+        else:
+            passed = through_window(grad, x, -1, 1)
+        return passed if scale is None else passed.div_(scale), None, None, None
 
 
 class _LevelsThrough(torch.autograd.Function):
@@ -216,7 +218,7 @@ class _LevelsThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ratio, scale = ctx.saved_tensors
-        grad_x = (grad / scale).masked_fill_((ratio < ctx.low) | (ratio > ctx.high), 0)
+        grad_x = through_window(grad, ratio, ctx.low, ctx.high).div_(scale)
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = -torch.dot(ratio.flatten(), grad_x.flatten()).reshape(scale.shape).to(scale.dtype)
@@ -234,8 +236,9 @@ class _BoolThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (scores,) = ctx.saved_tensors
-        magnitude = scores.abs()
-        return grad.masked_fill(magnitude > 1 if ctx.ties == "up" else magnitude >= 1, 0), None
+        if ctx.ties == "up":
+            return through_window(grad, scores, -1, 1), None
+        return torch.ops.aten.hardtanh_backward(grad, scores, -1, 1), None
 
 
 class _RoundThrough(torch.autograd.Function):

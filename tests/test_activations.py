@@ -36,6 +36,17 @@ def test_elastic_sign_worked_example():
     assert scale.grad.item() == pytest.approx(3 / math.sqrt(5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_elastic_sign_window_is_exact_at_its_bounds(dtype):
+    """Bounds are compared in units of the scale; no scale may round a value into or out of the window."""
+    torch.manual_seed(0)
+    for scale in (torch.rand(200, dtype=torch.float64) * 4 + 0.01).to(dtype).unsqueeze(-1):
+        beside = [torch.nextafter(scale, end * torch.ones_like(scale)) for end in (0, math.inf)]
+        x = torch.cat([scale, *beside, -scale, -beside[0], -beside[1]]).requires_grad_()
+        elastic_sign(x, scale).backward(torch.ones_like(x))
+        assert torch.equal(x.grad, torch.where(x.abs() <= scale, 1 / scale, 0))
+
+
 @pytest.mark.parametrize("ties, middle", [("up", 0.6), ("released", 0.0)])
 def test_elastic_unsigned_worked_example(ties, middle):
     """Oracle C2: 0.3 is exactly half-way, where paper and code differ; so does the gradient of the scale there."""
