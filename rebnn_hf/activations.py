@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import Ties, check_choices, sign, through_window
 
 ACTIVATION_SCALE_FLOOR = 1e-5
 """Smallest scale of an elastic activation (BiT C1)."""
+
+INT8_PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+"""Whether this CPU multiplies 8-bit integers faster than floats."""
 
 BITS = {"none": (32,), "sign": (1,), "rsign": (1,), "elastic": (1, 2, 4, 8), "token": (8,)}
 """Widths that each kind of activation comes in; the first is its default."""
@@ -179,6 +183,39 @@ def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Ten
     """
     z = x + shift_in
     return torch.where(z > 0, z, slope * z) + shift_out
+
+
+def integer_product(codes: Tensor, signs: Tensor) -> Tensor:
+    """Product of codes with signs, `codes b^T`, where it is faster in 8-bit integers: the same result, bit for bit.
+
+    Floats that are integers multiply and add without rounding up to 2^24, so the forward pass may as well use integer
+    instructions, which take a third of the time. Gradients are not integers: the backward pass is that of `F.linear`.
+
+    Args:
+        codes: integers from -128 to 127 [..., M].
+        signs: b [O, M], same dtype, which is the type of the result.
+
+    Returns:
+        [..., O].
+    """
+    if INT8_PRODUCTS and codes.device.type == "cpu" and codes.numel():
+        return _Int8Product.apply(codes, signs)
+    return F.linear(codes, signs)
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, codes, signs):
+        ctx.save_for_backward(codes, signs)
+        product = torch._int_mm(codes.to(torch.int8).reshape(-1, codes.shape[-1]), signs.to(torch.int8).t())
+        return product.to(codes.dtype).view(*codes.shape[:-1], len(signs))
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, signs = ctx.saved_tensors
+        grad_codes = grad @ signs if ctx.needs_input_grad[0] else None
+        rows, inputs = grad.reshape(-1, len(signs)), codes.reshape(-1, codes.shape[-1])
+        return grad_codes, rows.t() @ inputs if ctx.needs_input_grad[1] else None
 
 
 class _SignThrough(torch.autograd.Function):
