@@ -5,17 +5,20 @@ All models have random weights and see the same random tokens, without padding. 
 ReBNN step is that of `ReBNNTrainer` at its defaults: student forward with dropout, teacher forward, loss on logits
 and hidden states, backward, gradient clipping, fused AdamW between the two hooks of the balance rule. The recipe step
 is the same as `recipes/glue.py` sets it up: no dropout in the student, float embeddings frozen, attention written out.
+`--preset` takes the student's bits and its losses from a named method, for example 1-bit activations and attention.
 
 The steps alternate, so that a busy machine slows all; the ratio printed is that of the medians, with the quartiles
 of the ratios of neighbouring steps beside it. Parts are explicit timers around the calls and hooks, not a profiler:
 they add up to the step; `--profile` shows the operations behind them.
 
     python benchmarks/training.py --threads 1 --steps 10
+    python benchmarks/training.py --threads 1 --steps 10 --preset rebnn-bit-w1a1
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import tempfile
 import time
@@ -26,13 +29,15 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, Trainer, TrainingArguments
 
 import rebnn_hf
-from rebnn_hf import ReBNNTrainer, ReBNNTrainingArguments
+from rebnn_hf import ReBNNConfig, ReBNNTrainer, ReBNNTrainingArguments
+from rebnn_hf.presets import CONFIGS
 
 PARTS = ("student forward", "teacher forward", "loss", "backward", "clipping", "hook before", "AdamW", "hook after")
 METHODS = ("fine-tuning", "ReBNN", "recipe")
 REBNN_ONLY = ("teacher forward", "hook before", "hook after")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+PRESET = "rebnn-w1a32"
 
 
 @dataclass(frozen=True)
@@ -136,18 +141,22 @@ def fine_tuning(shape: Shape, folder: str, clock: Callable[[], float]) -> Conten
     return Contender(trainer, timer)
 
 
-def distillation(shape: Shape, folder: str, clock: Callable[[], float], as_in_recipe: bool) -> Contender:
-    """Distillation of a 1-bit student with `ReBNNTrainer`, with its defaults or those of the recipe."""
+def distillation(
+    shape: Shape, folder: str, clock: Callable[[], float], as_in_recipe: bool, preset: str = PRESET
+) -> Contender:
+    """Distillation of a preset's 1-bit student with `ReBNNTrainer`, with its defaults or those of the recipe."""
     config = shape.config()
     if as_in_recipe:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         config._attn_implementation = "eager"
     teacher = AutoModelForSequenceClassification.from_config(config)
-    model = rebnn_hf.binarize(AutoModelForSequenceClassification.from_config(config)).train()
+    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))  # 1-bit attention changes it
+    rebnn_hf.binarize(model, ReBNNConfig.preset(preset)).train()
+    rebnn_hf.calibrate(model, shape.inputs())
     for module in model.modules():
         if type(module) is torch.nn.Embedding:
             module.weight.requires_grad_(not as_in_recipe)
-    args = ReBNNTrainingArguments(folder, use_cpu=True, report_to="none")
+    args = ReBNNTrainingArguments.preset(preset, output_dir=folder, use_cpu=True, report_to="none")
     trainer = ReBNNTrainer(model=model, args=args, teacher=teacher)
     timer = Timer(clock)
     model.register_forward_hook(timer.hook("student forward"))
@@ -163,15 +172,15 @@ def distillation(shape: Shape, folder: str, clock: Callable[[], float], as_in_re
 
 
 def measure(
-    shape: Shape, steps: int, warmup: int, clock: Callable[[], float], profiled: bool = False
+    shape: Shape, steps: int, warmup: int, clock: Callable[[], float], preset: str = PRESET, profiled: bool = False
 ) -> dict[tuple[str, str], list[dict]]:
     """Alternate the steps of all contenders in all precisions; seconds by part, after the warm-up."""
     times: dict[tuple[str, str], list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
             "fine-tuning": fine_tuning(shape, folder, clock),
-            "ReBNN": distillation(shape, folder, clock, as_in_recipe=False),
-            "recipe": distillation(shape, folder, clock, as_in_recipe=True),
+            "ReBNN": distillation(shape, folder, clock, as_in_recipe=False, preset=preset),
+            "recipe": distillation(shape, folder, clock, as_in_recipe=True, preset=preset),
         }
         for step in range(-warmup, steps):
             inputs = shape.inputs()
@@ -240,6 +249,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--warmup", type=int, default=2, help="steps before timing begins (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a shared machine")
+    parser.add_argument("--preset", choices=CONFIGS, default=PRESET, help=f"method of the students (default {PRESET})")
     parser.add_argument("--profile", action="store_true", help="also show the operations of one step of the recipe")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.warmup < 0 or options.threads < 1:
@@ -248,11 +258,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     torch.manual_seed(0)
     print(
         f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {options.threads} thread(s), "
-        f"{options.steps} steps, {options.clock} time"
+        f"{options.steps} steps, {options.clock} time, {options.preset}"
     )
     table = []
     for name in options.shape:
-        times = measure(SHAPES[name], options.steps, options.warmup, CLOCKS[options.clock], options.profile)
+        times = measure(
+            SHAPES[name], options.steps, options.warmup, CLOCKS[options.clock], options.preset, options.profile
+        )
         table += rows(name, times)
     print_table(table)
     return table

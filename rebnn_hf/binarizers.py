@@ -226,6 +226,11 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
     return len(waiting)
 
 
+def fits_int8(binarizer: nn.Module | None) -> bool:
+    """Whether a layer's inputs are integers from -128 to 127."""
+    return binarizer is not None and getattr(binarizer, "high", 1) < 128
+
+
 def codes_of(x: Tensor, binarizer: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Codes in the type of the product, and their scale; without a binarizer the input itself."""
     if binarizer is None:

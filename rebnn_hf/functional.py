@@ -128,7 +128,9 @@ def sign(x: Tensor, ties: Ties = "up") -> Tensor:
     Returns:
         -1 or +1, same shape and dtype.
     """
-    return torch.sign(x.detach()) if ties == "released" else _zero_or_one(x).mul_(2).sub_(1)
+    if ties == "released":
+        return torch.sign(x.detach())
+    return torch.threshold_(_zero_or_one(x), 0.5, -1.0)  # 0 -> -1 in one pass
 
 
 def is_positive(x: Tensor) -> Tensor:
@@ -140,6 +142,30 @@ def _zero_or_one(x: Tensor) -> Tensor:
     # A comparison that writes floats is vectorised: faster than one that writes booleans, and six times faster than
     # torch.where between two constants.
     return torch.ge(x.detach(), 0, out=torch.empty_like(x))
+
+
+def through_window(grad: Tensor, x: Tensor, low: int, high: int) -> Tensor:
+    """Gradient of a straight-through window: grad * 1[low <= x <= high].
+
+    One vectorised pass, the derivative of hardtanh, where a mask of booleans takes ten times as long on a CPU. That
+    derivative is open at its bounds, so they are moved outward by one float.
+
+    Args:
+        grad: any shape.
+        x: same shape.
+        low: <= 0.
+        high: > 0.
+
+    Returns:
+        New tensor of the same shape, in the wider type of the two.
+    """
+    return torch.ops.aten.hardtanh_backward(grad, x, -_next_float(-low, x.dtype), _next_float(high, x.dtype))
+
+
+def _next_float(bound: int, dtype: torch.dtype) -> float:
+    """Smallest float above a bound >= 0; above 0 the smallest normal one."""
+    info = torch.finfo(dtype)
+    return bound + info.eps * 2.0 ** (bound.bit_length() - 1) if bound else info.tiny
 
 
 class _StraightThroughSign(torch.autograd.Function):
@@ -155,11 +181,7 @@ class _StraightThroughSign(torch.autograd.Function):
     def backward(ctx, grad):
         weight, slope, leak = ctx.saved_tensors
         grad = grad.to(weight.dtype)
-        passed = grad
-        if ctx.window:
-            # hardtanh's derivative is open at its bounds; the next float up makes it |w| <= 1, in one pass.
-            bound = 1.0 + torch.finfo(weight.dtype).eps
-            passed = torch.ops.aten.hardtanh_backward(grad, weight, -bound, bound)
+        passed = through_window(grad, weight, -1, 1) if ctx.window else grad
         if slope is not None:
             passed = passed * slope
         if leak is not None:
@@ -322,7 +344,7 @@ def reconstruction_gradients(weight: Tensor, signs: Tensor, scale: Tensor, gamma
 
     Args:
         weight: W (centered if the rule centers) [O, M].
-        signs: b [O, M], or a boolean tensor that is true for +1.
+        signs: b [O, M].
         scale: alpha [O] or [1].
         gamma: [O].
 
@@ -330,8 +352,7 @@ def reconstruction_gradients(weight: Tensor, signs: Tensor, scale: Tensor, gamma
         dL_R/dW [O, M] and dL_R/dalpha, shaped like `scale`.
     """
     column = scale.unsqueeze(-1)
-    residual = signs.to(weight.dtype).mul_(2).sub_(1) if signs.dtype == torch.bool else signs.clone()
-    torch.addcmul(weight, residual, -column, out=residual)
+    residual = torch.addcmul(weight, signs, -column)
     norm = weight.abs().sum(-1)  # two to three times faster than vector_norm
     by_scale = -gamma * (norm - weight.shape[-1] * scale)
     by_scale = by_scale if scale.numel() == len(gamma) else by_scale.sum(0, True)

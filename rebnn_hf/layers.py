@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .binarizers import codes_of
+from .activations import integer_product
+from .binarizers import codes_of, fits_int8
 from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, is_positive, mean_abs_scale
 from .packing import pack_signs, packed_width, unpack_signs
 
@@ -123,7 +124,7 @@ class BinaryLinear(_Latent, nn.Linear):
         dtype = _compute_dtype(x, self.weight)
         codes, input_scale = codes_of(x, self.input_binarizer, dtype)
         signs, scale = binarize_rows(self.weight, self.weight_scale, self.rule, dtype=dtype)
-        return _binary_linear(codes, signs, scale, self.bias, input_scale)
+        return _binary_linear(codes, signs, scale, self.bias, input_scale, fits_int8(self.input_binarizer))
 
     def pack(self) -> PackedLinear:
         """Inference form with the same bits, scales and bias."""
@@ -223,7 +224,7 @@ class PackedLinear(_Packed, nn.Linear):
         dtype = _compute_dtype(x, self.weight_scale)
         codes, input_scale = codes_of(x, self.input_binarizer, dtype)
         signs = unpack_signs(self.weight, self.in_features, dtype)
-        return _binary_linear(codes, signs, self.weight_scale, self.bias, input_scale)
+        return _binary_linear(codes, signs, self.weight_scale, self.bias, input_scale, fits_int8(self.input_binarizer))
 
     def to_float(self) -> nn.Linear:
         """Plain `nn.Linear` with weight `scale * b`."""
@@ -280,11 +281,17 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _binary_linear(
-    x: Tensor, signs: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None
+    x: Tensor,
+    signs: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None = None,
+    int8: bool = False,
 ) -> Tensor:
     """`scale * (x b^T) + bias` in the type of the signs: promotion by float32 scales would undo autocast.
 
-    A scale of the inputs, [1] or one for each token [..., 1], multiplies that of the rows.
+    A scale of the inputs, [1] or one for each token [..., 1], multiplies that of the rows. `int8`: x are integers that
+    fit into 8 bits.
     """
     bias = None if bias is None else bias.to(signs.dtype)
     if signs.dtype == torch.float16:
@@ -292,7 +299,7 @@ def _binary_linear(
         x = x if input_scale is None else x * input_scale.to(x.dtype)
         return F.linear(x, signs * scale.to(signs.dtype).unsqueeze(-1), bias)
     scale = (scale if input_scale is None else scale * input_scale).to(signs.dtype)
-    product = F.linear(x, signs)
+    product = integer_product(x, signs) if int8 else F.linear(x, signs)
     return product * scale if bias is None else torch.addcmul(bias, product, scale)
 
 

@@ -139,7 +139,7 @@ class Resilience:
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
                     module.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
                 for rows in _held_blocks(module):
-                    _add_reconstruction(module, rows, layer.signs, scale)
+                    _add_reconstruction(module, rows, scale)
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
@@ -170,7 +170,7 @@ class Resilience:
         """Decoupled form: move the weight toward alpha b by the normalised balance (see `decoupled_share`)."""
         centered = module.centered()
         rate = (self.rule.strength * pace * module.balance).clamp_(max=1.0)
-        by_weight, _ = reconstruction_gradients(centered, is_positive(centered), module.scale(), rate)
+        by_weight, _ = reconstruction_gradients(centered, sign(centered), module.scale(), rate)
         module.weight.sub_(by_weight)
 
 
@@ -266,11 +266,12 @@ def _in_blocks(module) -> bool:
     return module.weight.device.type == "cpu" and module.rule.center != "tensor"
 
 
-def _add_reconstruction(module, rows: slice | Tensor, signs: Tensor, scale: Tensor) -> None:
+def _add_reconstruction(module, rows: slice | Tensor, scale: Tensor) -> None:
     """Add the gradients of L_R (A2) in some rows to those of the task."""
     centered = center(module.weight[rows], module.rule)
     by_row = rows if module.rule.granularity == "row" else slice(None)
-    by_weight, by_scale = reconstruction_gradients(centered, signs[rows], scale[by_row], module.balance[rows])
+    # On a CPU to find the signs again is several times faster than to make floats of booleans.
+    by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale[by_row], module.balance[rows])
     module.weight.grad[rows] += _through_centering(by_weight, module.rule)
     if module.weight_scale is not None and module.weight_scale.grad is not None:
         module.weight_scale.grad[by_row] += by_scale * torch.sign(module.weight_scale[by_row])  # the layer uses |a|

@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from rebnn_hf import activations
 from rebnn_hf.activations import (
     ActivationRule,
     bool_gate,
     clipped_sign,
     elastic_levels,
     elastic_sign,
+    integer_product,
     lsq_gradient,
     quadratic_sign,
     rprelu,
@@ -34,6 +37,17 @@ def test_elastic_sign_worked_example():
     out.backward(UP)
     torch.testing.assert_close(x.grad, tensor(0, -2, 3, 4, 0, grad=False))
     assert scale.grad.item() == pytest.approx(3 / math.sqrt(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_elastic_sign_window_is_exact_at_its_bounds(dtype):
+    """Bounds are compared in units of the scale; no scale may round a value into or out of the window."""
+    torch.manual_seed(0)
+    for scale in (torch.rand(200, dtype=torch.float64) * 4 + 0.01).to(dtype).unsqueeze(-1):
+        beside = [torch.nextafter(scale, end * torch.ones_like(scale)) for end in (0, math.inf)]
+        x = torch.cat([scale, *beside, -scale, -beside[0], -beside[1]]).requires_grad_()
+        elastic_sign(x, scale).backward(torch.ones_like(x))
+        assert torch.equal(x.grad, torch.where(x.abs() <= scale, 1 / scale, 0))
 
 
 @pytest.mark.parametrize("ties, middle", [("up", 0.6), ("released", 0.0)])
@@ -144,3 +158,22 @@ def test_token_int8_is_as_fine_as_a_127th_of_the_largest():
 def test_impossible_rules_are_refused(fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         ActivationRule(**fields)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, rows", [((3, 5, 33), 7), ((1, 1), 1), ((4, 768), 64), ((2, 3072), 3), ((0, 8), 4), ((9,), 5)]
+)
+def test_integer_product_is_that_of_floats_bit_for_bit(shape, rows, dtype, monkeypatch):
+    monkeypatch.setattr(activations, "INT8_PRODUCTS", True)
+    torch.manual_seed(rows)
+    results = []
+    codes, signs = torch.randint(-128, 128, shape).to(dtype), torch.randn(rows, shape[-1]).sign().to(dtype)
+    upstream = torch.randn(*shape[:-1], rows).to(dtype)
+    for product in (integer_product, F.linear):
+        inputs = [t.clone().requires_grad_() for t in (codes, signs)]
+        out = product(*inputs)
+        out.backward(upstream)
+        results.append((out, *(t.grad for t in inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, theirs)

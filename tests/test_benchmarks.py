@@ -43,7 +43,7 @@ def test_training(clock, capsys, keep_threads):
     assert all(steps[p, "fine-tuning"]["ratio"] == 1 for p in ("fp32", "bf16"))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 + len(table)
-    assert printed[0].endswith(f"1 thread(s), 3 steps, {clock} time")
+    assert printed[0].endswith(f"1 thread(s), 3 steps, {clock} time, rebnn-w1a32")
     assert all(line.startswith("tiny") for line in printed[2:])
 
 
@@ -63,7 +63,22 @@ def test_training_steps_move_the_models_and_the_balance(tmp_path):
     assert not unmoved
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--threads", "0"], ["--shape", "huge"]])
+@pytest.mark.parametrize("preset", ["bibert", "rebnn-bit-w1a1"])
+@pytest.mark.parametrize("as_in_recipe", [False, True])
+def test_training_takes_bits_and_losses_from_a_preset(preset, as_in_recipe, tmp_path):
+    training = load("training")
+    shape = training.SHAPES["tiny"]
+    contender = training.distillation(shape, str(tmp_path), training.CLOCKS["cpu"], as_in_recipe, preset)
+    trainer = contender.trainer
+    config = trainer.model.config.quantization_config
+    assert config.method() == training.ReBNNConfig.preset(preset).method()
+    assert trainer.args.hidden_loss == ("direction" if preset == "bibert" else "relative_mse")
+    assert trainer.teacher.config._attn_implementation == ("eager" if as_in_recipe else "sdpa")
+    spent = contender.step(shape.inputs(), None)
+    assert set(spent) == set(training.PARTS) and all(spent[part] > 0 for part in training.PARTS)
+
+
+@pytest.mark.parametrize("wrong", [["--preset", "bits"], ["--steps", "0"], ["--threads", "0"], ["--shape", "huge"]])
 def test_training_refuses(wrong, capsys):
     with pytest.raises(SystemExit):
         load("training").main(wrong)

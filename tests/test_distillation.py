@@ -234,6 +234,21 @@ def test_a_state_without_direction_gets_no_gradient():
     assert not torch.autograd.grad(value, student)[0].any()
 
 
+@pytest.mark.parametrize(
+    "teacher", [states(1), 1e-3 * states(1), states(0) + 1e-3 * states(1), torch.zeros(B, S, D).double()]
+)
+def test_gradient_of_a_distance_of_directions_is_that_of_autograd(teacher):
+    gradients = []
+    for distance in (
+        direction_loss,
+        lambda s, t: (s / s.norm() - t / t.norm().clamp_min(1e-12)).norm(),
+    ):
+        student = states(0).requires_grad_()
+        (3 * distance(student, teacher)).backward()
+        gradients.append(student.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_directions_near_each_other_keep_their_digits():
     teacher = states(1)
     noise = states(2)

@@ -1,5 +1,7 @@
 """The equations against worked numbers (float64) and against explicit autograd formulations."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from rebnn_hf.functional import (
     reconstruction_gradients,
     reconstruction_loss,
     sign,
+    through_window,
 )
 
 DOUBLE = torch.float64
@@ -68,17 +71,14 @@ def test_closed_form_scale_minimises_the_reconstruction_loss():
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-@pytest.mark.parametrize("as_bool", [True, False])
-def test_reconstruction_gradients_equal_autograd(granularity, as_bool):
+def test_reconstruction_gradients_equal_autograd(granularity):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(4, 6, dtype=DOUBLE, generator=generator).requires_grad_()
     scale = torch.rand(4 if granularity == "row" else 1, dtype=DOUBLE, generator=generator).requires_grad_()
     gamma = torch.rand(4, dtype=DOUBLE, generator=generator)
     signs = sign(weight.detach())
     reconstruction_loss(weight, signs, scale, gamma).backward()
-    by_weight, by_scale = reconstruction_gradients(
-        weight.detach(), weight.detach() >= 0 if as_bool else signs, scale.detach(), gamma
-    )
+    by_weight, by_scale = reconstruction_gradients(weight.detach(), signs, scale.detach(), gamma)
     torch.testing.assert_close(by_weight, weight.grad)
     torch.testing.assert_close(by_scale, scale.grad)
 
@@ -220,3 +220,17 @@ def test_scales_stay_positive():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1), (0, 3), (-2, 1), (-8, 7), (0, 255), (-128, 127)])
+def test_window_is_closed_to_the_last_float(low, high, dtype):
+    bounds = torch.tensor([low, high], dtype=dtype)
+    beside = [torch.nextafter(bounds, torch.full_like(bounds, end)) for end in (-math.inf, math.inf)]
+    beside = [
+        x.where((x == 0) | (x.abs() >= torch.finfo(dtype).tiny), x.sign() * torch.finfo(dtype).tiny) for x in beside
+    ]
+    x = torch.cat([bounds, *beside, torch.tensor([-0.0, math.inf, -math.inf, 0.5, -0.5], dtype=dtype)])
+    grad = torch.arange(1, len(x) + 1, dtype=dtype)
+    expected = torch.where((x >= low) & (x <= high), grad, 0)
+    assert torch.equal(through_window(grad, x, low, high), expected)

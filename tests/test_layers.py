@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from rebnn_hf import activations
+from rebnn_hf.activations import ActivationRule
+from rebnn_hf.binarizers import Elastic, binarizer_of
 from rebnn_hf.functional import WeightRule
 from rebnn_hf.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
 
@@ -146,6 +149,55 @@ def test_compiled_layer_gives_the_same_gradients():
     latent.zero_grad()
     torch.compile(latent, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
     torch.testing.assert_close((latent.weight.grad, latent.weight_scale.grad), expected)
+
+
+ACTIVATIONS = [
+    ActivationRule("sign", 1),
+    ActivationRule("rsign", 1),
+    ActivationRule("elastic", 1),
+    ActivationRule("elastic", 4),
+    ActivationRule("elastic", 8),
+    ActivationRule("token", 8),
+]
+
+
+def few_bit_layer(rule, signed=True):
+    """A layer with few-bit inputs, ready to run, and inputs for it."""
+    latent = BinaryLinear.from_float(linear(33, dtype=torch.float32), WeightRule())
+    latent.input_binarizer = binarizer_of(rule, 33, signed)
+    x = torch.randn(3, 33)
+    if isinstance(latent.input_binarizer, Elastic):
+        latent.input_binarizer.calibrate(x)
+    return latent, x.requires_grad_()
+
+
+def outputs_and_gradients(call, latent, x):
+    latent.zero_grad()
+    x.grad = None
+    out = call(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad for parameter in latent.parameters())]
+
+
+@pytest.mark.parametrize("rule", ACTIVATIONS)
+def test_compiled_layer_with_few_bit_inputs_gives_the_same_gradients(rule):
+    latent, x = few_bit_layer(rule)
+    expected = outputs_and_gradients(latent, latent, x)
+    compiled = torch.compile(latent, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(outputs_and_gradients(compiled, latent, x), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("rule", ACTIVATIONS)
+def test_few_bit_products_do_not_depend_on_the_cpu(rule, signed, monkeypatch):
+    """Codes 0 to 255 do not fit into 8 bits with a sign: that layer must multiply floats."""
+    latent, x = few_bit_layer(rule, signed)
+    results = []
+    for fast in (True, False):
+        monkeypatch.setattr(activations, "INT8_PRODUCTS", fast)
+        results.append(outputs_and_gradients(latent, latent, x))
+        assert torch.equal(latent.pack()(x), results[-1][0])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 def test_resizing_a_binary_embedding_is_refused_in_words():
