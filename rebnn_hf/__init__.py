@@ -25,6 +25,8 @@ _HOME = {
     "pack": "patching",
     "unpack": "patching",
     "rebinarize": "patching",
+    "selected_modules": "patching",
+    "stage_conflict": "patching",
     "summary": "report",
     "operations": "flops",
     "Resilience": "resilience",

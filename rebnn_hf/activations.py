@@ -124,7 +124,8 @@ def elastic_levels(x: Tensor, scale: Tensor, low: int, high: int, ties: Ties = "
     Returns:
         Integers from low to high, same shape.
     """
-    return _LevelsThrough.apply(x, scale, low, high, ties)
+    # In half precision x/a + 1/2 would round up to the next integer from 128 on.
+    return _LevelsThrough.apply(x, scale.to(torch.promote_types(scale.dtype, torch.float32)), low, high, ties)
 
 
 def bool_gate(scores: Tensor, ties: Ties = "up") -> Tensor:
@@ -198,7 +199,8 @@ def integer_product(codes: Tensor, signs: Tensor) -> Tensor:
     Returns:
         [..., O].
     """
-    if INT8_PRODUCTS and codes.device.type == "cpu" and codes.numel():
+    # torch's product of matrices with one column is wrong (2.13: the transposed one is taken for the other).
+    if INT8_PRODUCTS and codes.device.type == "cpu" and codes.numel() and codes.shape[-1] > 1:
         return _Int8Product.apply(codes, signs)
     return F.linear(codes, signs)
 

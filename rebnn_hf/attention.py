@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .activations import ActivationRule, bool_gate
 from .binarizers import ClippedSign, Elastic
@@ -104,6 +103,8 @@ def binary_attention(
 ) -> tuple[Tensor, Tensor]:
     """transformers' attention function: hands over to the module's `binary_attention`.
 
+    A module without one, left float or of a float model that shares its config, computes ordinary attention.
+
     Args:
         module: the self-attention module.
         query: [B, H, S, d].
@@ -117,13 +118,33 @@ def binary_attention(
     Returns:
         Context [B, S, H, d] and attention [B, H, S, S].
     """
-    if not hasattr(module, "binary_attention"):  # of a float model that shares its config with a binarized one
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    context, weights = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
+    attention = getattr(module, "binary_attention", _float_attention)
+    context, weights = attention(query, key, value, attention_mask, scaling, dropout)
     return context.transpose(1, 2).contiguous(), weights
+
+
+def use_binary_attention(module: nn.Module, attention: nn.Module) -> None:
+    """Give a self-attention module few-bit attention, and an error where another implementation would ignore it."""
+    if not hasattr(module, "binary_attention"):
+        module.register_forward_pre_hook(_require_implementation)
+    module.binary_attention = attention
+
+
+def _require_implementation(module: nn.Module, inputs) -> None:
+    if module.config._attn_implementation != IMPLEMENTATION:
+        raise RuntimeError(
+            f"the attention implementation was set to {module.config._attn_implementation!r} after binarize(), which "
+            f"would ignore the 1-bit attention; call model.set_attn_implementation({IMPLEMENTATION!r})."
+        )
+
+
+def _float_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    scores = query @ key.mT * scaling
+    probabilities = (scores if mask is None else scores + mask).softmax(-1)
+    return F.dropout(probabilities, dropout) @ value, probabilities
 
 
 AttentionInterface.register(IMPLEMENTATION, binary_attention)

@@ -209,12 +209,18 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
     if not waiting:
         return 0
     handles = [m.register_forward_pre_hook(lambda layer, inputs: layer.calibrate(inputs[0])) for m in waiting.values()]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         model(**batch)
+    except BaseException:
+        for module in waiting.values():  # a scale from half a forward pass would be kept for good
+            module.scale.zero_()
+            module.check_calibration()
+        raise
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     missed = [name for name, module in waiting.items() if not module.calibrated]

@@ -16,6 +16,10 @@ FORMAT_VERSION = 2
 """Version of config and bit format that this package writes; it reads this one and all before it."""
 
 
+RECORDS = ("converted", "converted_head", "converted_attention", "converted_ffn", "not_converted")
+"""Fields in which `binarize` records what it did."""
+
+
 @register_quantization_config("rebnn")
 @dataclass
 class ReBNNConfig(QuantizationConfigMixin):
@@ -49,6 +53,8 @@ class ReBNNConfig(QuantizationConfigMixin):
         state: `latent` (trainable) or `packed` (bits); set by `binarize` and `pack`.
         converted: names of the 1-bit modules, relative to the base model; set by `binarize`.
         converted_head: names of the 1-bit modules outside the base model; set by `binarize`.
+        converted_attention, converted_ffn: names of the attention modules and of the feed-forward functions that were
+            changed, relative to the base model; set by `binarize`.
         not_converted: linear and embedding modules left float; set by `binarize`.
         format_version: of config and bits.
 
@@ -85,6 +91,8 @@ class ReBNNConfig(QuantizationConfigMixin):
     state: Literal["latent", "packed"] = "latent"
     converted: list[str] = field(default_factory=list)
     converted_head: list[str] = field(default_factory=list)
+    converted_attention: list[str] = field(default_factory=list)
+    converted_ffn: list[str] = field(default_factory=list)
     not_converted: list[str] = field(default_factory=list)
     weight_bits: int = 1
     format_version: int = FORMAT_VERSION
@@ -103,7 +111,8 @@ class ReBNNConfig(QuantizationConfigMixin):
             )
         if self.state not in ("latent", "packed"):
             raise ValueError(f"state={self.state!r} is unknown; expected 'latent' or 'packed'.")
-        for name in ("modules_to_not_convert", "converted", "converted_head", "not_converted"):
+        self.modules_to_not_convert = self.modules_to_not_convert or None
+        for name in ("modules_to_not_convert", *RECORDS):
             names = getattr(self, name)
             if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
                 raise ValueError(f"{name} must be a list of module names, got {names!r}.")
@@ -124,8 +133,8 @@ class ReBNNConfig(QuantizationConfigMixin):
             )
         if self.attention == "bool" and self.activation_bits != 1:
             raise ValueError(
-                f"attention='bool' multiplies 1-bit queries, keys and values; with activation_bits="
-                f"{self.activation_bits} use attention='elastic', or 1-bit activations."
+                f"attention='bool' goes with 1-bit activations, and activation={self.activation!r} has "
+                f"{self.activation_bits} bits; use activation='sign', or attention='softmax'."
             )
         if self.ffn_activation == "relu" and self.activation in ("sign", "rsign"):
             raise ValueError(
@@ -185,7 +194,7 @@ class ReBNNConfig(QuantizationConfigMixin):
 
     def method(self) -> dict[str, Any]:
         """The fields a user chooses, without those that record what was done to a model."""
-        recorded = {"state", "converted", "converted_head", "not_converted", "format_version"}
+        recorded = {"state", "format_version", *RECORDS}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in recorded}
 
     def get(self, key: str, default: Any = None) -> Any:

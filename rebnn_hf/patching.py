@@ -4,17 +4,19 @@ anything, is idempotent, and returns the model it was given."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import BlockLayout, blocks, layout_of
-from .attention import ATTENTION_OF, IMPLEMENTATION
+from .architecture import blocks, layout_of
+from .attention import ATTENTION_OF, IMPLEMENTATION, use_binary_attention
 from .binarizers import Elastic, RPReLU, binarizer_of
 from .config import ReBNNConfig
+from .functional import WeightRule
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
-from .targets import check_targets, names_to_load, record, select, tied_weights
+from .targets import check_architecture, check_targets, full_name, names_to_load, record, select, tied_weights
 
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
@@ -54,7 +56,7 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
         _own_config(model)
     for name, module in targets.items():
-        _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+        _replace(model, name, _latent(module, config))
     _add_activations(model, config, list(targets))
     untie_binary_embeddings(model)
     model.config.quantization_config = config
@@ -63,6 +65,9 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
 
 def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Turn latent weights into bits: latent -> packed, in place. Outputs stay the same.
+
+    In another `dtype` they stay the same but for its rounding, which few-bit activations can make large: an input near
+    a threshold may get another code. Score what you publish.
 
     Args:
         model: made by `binarize` (and trained).
@@ -111,7 +116,8 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     config = saved_config(model)
     if config is None:
         return model
-    if config.activation != "none" or config.attention != "softmax" or config.ffn_activation == "rprelu":
+    some_blocks = 0 < len(config.converted_ffn) < len(list(blocks(model)))  # a float config has one function for all
+    if config.activation != "none" or config.converted_attention or config.ffn_activation == "rprelu" or some_blocks:
         raise ValueError(
             f"unpack() makes a plain float model, which cannot compute activation={config.activation!r} with attention="
             f"{config.attention!r} and ffn_activation={config.ffn_activation!r}; single matrices are to be had from "
@@ -120,14 +126,19 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES + PACKED_TYPES):
             _replace(model, name, module.to_float())
-    if config.ffn_activation == "relu":
+    if config.converted_ffn:
         _own_config(model)
         setattr(model.config, layout_of(model).activation_field, "relu")
     forget_quantization(model)
     return model
 
 
-def rebinarize(model: PreTrainedModel, config: ReBNNConfig, carry_scales: bool = True) -> PreTrainedModel:
+def rebinarize(
+    model: PreTrainedModel,
+    config: ReBNNConfig,
+    carry_weight_scales: bool = True,
+    carry_activation_scales: bool = False,
+) -> PreTrainedModel:
     """Continue a latent model under other rules, in place: the next stage of a staged distillation (BiT C7).
 
     Latent weights, biases and all that is float stay; the balance starts from 0. For example from 2-bit to 1-bit
@@ -136,33 +147,67 @@ def rebinarize(model: PreTrainedModel, config: ReBNNConfig, carry_scales: bool =
     Args:
         model: latent, of the stage before.
         config: of the next stage; it must choose the same modules.
-        carry_scales: keep weight scales, and scales and shifts of elastic activations, where both stages have them (as
-            BiT does); otherwise all start anew, activations from data (see `calibrate`).
+        carry_weight_scales: keep learned weight scales where both stages have them; otherwise mean|w|.
+        carry_activation_scales: keep scales and shifts of elastic activations, as BiT does, although a step of 2 bits
+            is not one of 1 bit; otherwise they are found from data anew (see `calibrate`).
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: not latent, or the stages do not fit onto one another. The model is as it was.
+        ValueError: not latent, the stages do not fit onto one another (`stage_conflict`), or 1-bit attention on an
+            architecture that is not known. The model is as it was.
     """
     _require_transformers_model(model, "rebinarize")
     saved = saved_config(model)
-    _require_same_modules(saved, config)
+    _require_latent(saved)
+    conflict = stage_conflict(saved, config)
+    if conflict:
+        raise ValueError(conflict)
+    check_architecture(model, config)
     config = copy.deepcopy(config)
-    for name in ("converted", "converted_head", "not_converted", "state"):
-        setattr(config, name, copy.copy(getattr(saved, name)))
-    old = {n: m for n, m in model.named_modules() if isinstance(m, Elastic)}
-    latent = {n: m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
-    for module in latent.values():
-        _change_rule(module, config, carry_scales)
-    _add_activations(model, config, list(latent))
-    if carry_scales:
-        for name, module in model.named_modules():
-            if isinstance(module, Elastic) and name in old:
-                module.load_state_dict(old[name].state_dict())
+    config.state = "latent"
+    names = [name for name, module in model.named_modules() if isinstance(module, LATENT_TYPES)]
+    record(model, config, {name: model.get_submodule(name) for name in names})
+    old = {n: m for n, m in model.named_modules() if isinstance(m, Elastic)} if carry_activation_scales else {}
+    for name in names:
+        _change_rule(model.get_submodule(name), config, carry_weight_scales)
+    _add_activations(model, config, names)
+    for name, module in model.named_modules():
+        if isinstance(module, Elastic) and name in old:
+            module.load_state_dict(old[name].state_dict())
     model.config.quantization_config = config
     return model
+
+
+def stage_conflict(earlier: ReBNNConfig, later: ReBNNConfig) -> str | None:
+    """Why `rebinarize` cannot go from one config to another; None if it can."""
+    fixed = ("word_embeddings", "pooler", "head", "modules_to_not_convert")
+    changed = [name for name in fixed if getattr(earlier, name) != getattr(later, name)]
+    if earlier.ffn_activation not in ("model", later.ffn_activation):
+        changed.append("ffn_activation")
+    if changed:
+        return (
+            f"the stages differ in {', '.join(changed)}, which a later one cannot change; make them equal, or start "
+            "from the float model."
+        )
+    if earlier.attention != "softmax" and later.attention == "softmax":
+        return "a stage with attention='softmax' cannot follow one with 1-bit attention; reverse the order."
+    return None
+
+
+def selected_modules(model: PreTrainedModel, config: ReBNNConfig | None = None) -> list[str]:
+    """What `binarize` would convert, without changing anything; the model may be on the meta device.
+
+    Raises:
+        TypeError, ValueError: as `binarize` would.
+    """
+    _require_transformers_model(model, "selected_modules")
+    config = config or ReBNNConfig()
+    targets = select(model, config)
+    check_targets(model, targets, config, on_meta=True)
+    return list(targets)
 
 
 def saved_config(model: nn.Module) -> ReBNNConfig | None:
@@ -195,7 +240,7 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
         if config.state == "packed":
             _replace(model, name, PACKED_OF[type(module)].like(module))
         else:
-            _replace(model, name, LATENT_OF[type(module)].from_float(module, config.rule()))
+            _replace(model, name, _latent(module, config))
     _add_activations(model, config, names)
 
 
@@ -250,21 +295,12 @@ def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None
     )
 
 
-def _require_same_modules(saved: ReBNNConfig | None, config: ReBNNConfig) -> None:
+def _require_latent(saved: ReBNNConfig | None) -> None:
     if saved is None or saved.state != "latent":
         state = "a float" if saved is None else "a packed"
         raise ValueError(
             f"rebinarize() expects a latent model, got {state} one; use binarize(), or load the latent checkpoint."
         )
-    fixed = ("word_embeddings", "pooler", "head", "modules_to_not_convert", "ffn_activation")
-    changed = [name for name in fixed if getattr(saved, name) != getattr(config, name)]
-    if changed:
-        raise ValueError(
-            f"the stages differ in {', '.join(changed)}, and a later one cannot choose other modules; make them equal, "
-            "or start from the float model."
-        )
-    if saved.attention != "softmax" and config.attention == "softmax":
-        raise ValueError("a stage with attention='softmax' cannot follow one with 1-bit attention; reverse the order.")
 
 
 def _check_packable(model, config: ReBNNConfig) -> None:
@@ -292,6 +328,8 @@ def _check_values(model, dtype: torch.dtype | None) -> None:
     for name, tensor in tensors.items():
         if dtype is not None and tensor.abs().max() > torch.finfo(dtype).max:
             raise ValueError(f"{name} has values that do not fit into {dtype}; use torch.bfloat16 or torch.float32.")
+        if dtype is not None and name.endswith(".scale") and (tensor.to(dtype) == 0).any():
+            raise ValueError(f"{name} is too small for {dtype}, and would be 0; use torch.bfloat16 or torch.float32.")
 
 
 # Swaps
@@ -305,54 +343,56 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
+def _latent(module: nn.Module, config: ReBNNConfig) -> nn.Module:
+    return LATENT_OF[type(module)].from_float(module, _rule_of(module, config))
+
+
+def _rule_of(module: nn.Module, config: ReBNNConfig) -> WeightRule:
+    """The weight rule for a module: an embedding has a scale for each token, also where matrices have one (BiT C4)."""
+    rule = config.rule()
+    return replace(rule, granularity="row") if isinstance(module, nn.Embedding) else rule
+
+
 def _change_rule(module: nn.Module, config: ReBNNConfig, carry_scales: bool) -> None:
     """Put a latent layer under the weight rule of another config, with a balance of 0."""
     old_scale, old_rule = module.weight_scale, module.rule
-    module._init_rule(config.rule())
+    module._init_rule(_rule_of(module, config))
     same_scale = old_rule.granularity == module.rule.granularity and old_scale is not None
     if carry_scales and same_scale and module.weight_scale is not None:
         module.weight_scale = old_scale
 
 
 def _add_activations(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -> None:
-    """Put few-bit inputs on the 1-bit linear layers, and what the config asks for into the blocks."""
+    """Put few-bit inputs on the 1-bit linear layers, and what the config records into the blocks."""
     layout = layout_of(model)
-    unsigned = {f"{block}.{layout.ffn_output}" for block, _ in blocks(model)} if layout else set()
-    if config.ffn_activation == "rprelu":  # has negative values as a rule, not by a hair as GELU
-        unsigned = set()
+    unsigned = set()
+    if layout and config.ffn_activation != "rprelu":  # which has negative values as a rule, not by a hair as GELU
+        unsigned = {f"{block}.{layout.ffn_output}" for block, _ in blocks(model)}
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             binarizer = binarizer_of(config.activation_rule(), module.in_features, signed=name not in unsigned)
-            module.input_binarizer = _like(binarizer, module)
-    if config.ffn_activation != "model":
-        _replace_ffn_activation(model, config, layout)
-    if config.attention != "softmax":
-        _add_attention(model, config, layout)
+            module.input_binarizer = None if binarizer is None else _like(binarizer, module)
+    changed = {full_name(model, name) for name in config.converted_ffn + config.converted_attention}
+    for name, block in blocks(model):
+        if layout and f"{name}.{layout.ffn_activation}" in changed:
+            width = block.get_submodule(layout.ffn_output).in_features
+            function = nn.ReLU() if config.ffn_activation == "relu" else RPReLU(width)
+            if type(block.get_submodule(layout.ffn_activation)) is not type(function):
+                _replace(block, layout.ffn_activation, _like(function, block))
+        if layout and f"{name}.{layout.attention}" in changed:
+            attention = ATTENTION_OF[config.attention](config.activation_rule())
+            use_binary_attention(block.get_submodule(layout.attention), _like(attention, block))
+    if config.converted_attention:
+        model.set_attn_implementation(IMPLEMENTATION)
 
 
-def _replace_ffn_activation(model: PreTrainedModel, config: ReBNNConfig, layout: BlockLayout) -> None:
-    for _, block in blocks(model):
-        output = block.get_submodule(layout.ffn_output)
-        function = nn.ReLU() if config.ffn_activation == "relu" else _like(RPReLU(output.in_features), output)
-        if type(block.get_submodule(layout.ffn_activation)) is not type(function):
-            _replace(block, layout.ffn_activation, function)
-
-
-def _add_attention(model: PreTrainedModel, config: ReBNNConfig, layout: BlockLayout) -> None:
-    for _, block in blocks(model):
-        attention = block.get_submodule(layout.attention)
-        attention.binary_attention = _like(ATTENTION_OF[config.attention](config.activation_rule()), block)
-    model.set_attn_implementation(IMPLEMENTATION)
-
-
-def _like(module: nn.Module | None, model: nn.Module) -> nn.Module | None:
-    """A new module in the mode of `model`, with the device and float type of its parameters."""
-    if module is None:
-        return None
-    parameter = next(tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point())
-    module = module.to_empty(device="meta") if parameter.is_meta else module.to(parameter.device)
-    return module.to(parameter.dtype).train(model.training)
+def _like(module: nn.Module, neighbour: nn.Module) -> nn.Module:
+    """A new module in the mode of another, with the device and float type of its parameters, frozen if they are."""
+    tensors = [tensor for tensor in neighbour.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+    module = module.to_empty(device="meta") if tensors[0].is_meta else module.to(tensors[0].device)
+    trainable = any(tensor.requires_grad for tensor in tensors)
+    return module.to(tensors[0].dtype).train(neighbour.training).requires_grad_(trainable)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

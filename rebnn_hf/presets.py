@@ -51,6 +51,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bwn-w1a32": BWN,
     "bibert": {**BIBERT_WEIGHTS, **BIBERT_ACTIVATIONS},
     "bit": {**BIT_WEIGHTS, **_bit_activations(1)},
+    "bit-w1a2": {**BIT_WEIGHTS, **_bit_activations(2)},
+    "bit-w1a4": {**BIT_WEIGHTS, **_bit_activations(4)},
+    "bit-w1a8": {**BIT_WEIGHTS, **_bit_activations(8)},
     "reactnet": {**REACTNET_WEIGHTS, **REACTNET_ACTIVATIONS},
     # the same with the choices of the released code, for comparisons in training
     "bibert-released": {**BIBERT_WEIGHTS, **BIBERT_ACTIVATIONS, **RELEASED},
@@ -58,8 +61,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rebnn-released": {
         **REBNN,
         **REACTNET_ACTIVATIONS,
-        "ste_slope": "unit",  # A7.2, but for its factor
-        "balance_rule": "const",  # A7.1
+        # Its faults A7.1 to A7.3: constant balance, slope without the scale (but for a factor), no window. Not its
+        # wrong gradient of the scale (A7.4) and not its random first scale (A6).
+        "balance_rule": "const",
+        "ste_slope": "unit",
+        "weight_ste": "identity",
         "ties": "released",
     },
 }
@@ -84,7 +90,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "rebnn-bibert-w1a1": BIBERT_LOSSES,
     "bibert": BIBERT_LOSSES,
     "bibert-released": BIBERT_LOSSES,
-    "bit": BIT_LOSSES,
+    **dict.fromkeys(("bit", "bit-w1a2", "bit-w1a4", "bit-w1a8"), BIT_LOSSES),
     "bit-released": BIT_LOSSES,
 }
 """Fields of `ReBNNTrainingArguments` that belong to a name; other names use its defaults."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import LAYOUTS, base_relative, block_prefixes, layout_of
+from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, layout_of
 from .config import ReBNNConfig
 from .layers import LATENT_OF
 
@@ -20,7 +20,7 @@ def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
     Raises:
         ValueError: nothing is chosen, or a pattern is wrong.
     """
-    skipped = _skipped(model, config)
+    skipped = skipped_modules(model, config)
     targets = {name: module for name, module in _candidates(model, config) if name not in skipped}
     if not targets:
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -34,7 +34,7 @@ def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
 
 def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
     """Modules that the switches of the config choose, before names are looked at."""
-    blocks = block_prefixes(model)
+    prefixes = block_prefixes(model)
     if config.word_embeddings:
         yield _word_embeddings(model)
     for name, module in model.named_modules():
@@ -44,7 +44,7 @@ def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[s
         if "pooler" in name.split("."):
             chosen = config.pooler
         elif inside:
-            chosen = name.startswith(blocks)
+            chosen = name.startswith(prefixes)
         else:
             chosen = config.head
         if chosen:
@@ -61,8 +61,12 @@ def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
     return next(name for name, m in model.named_modules() if m is module), module
 
 
-def _skipped(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
-    """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names."""
+def skipped_modules(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
+    """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names.
+
+    Raises:
+        ValueError: a pattern is not a regular expression, or matches nothing.
+    """
     skipped = set()
     for pattern in config.modules_to_not_convert or []:
         try:
@@ -91,7 +95,7 @@ def _matches(pattern: str, *names: str | None) -> bool:
 
 def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_meta: bool = False) -> None:
     """Raise a ValueError, in words, where a chosen module or the architecture cannot be binarized."""
-    _check_architecture(model, config)
+    check_architecture(model, config)
     for name, module in targets.items():
         if type(module) not in LATENT_OF:
             raise ValueError(
@@ -109,8 +113,8 @@ def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_
     _check_unshared(model, targets, config)
 
 
-def _check_architecture(model, config: ReBNNConfig) -> None:
-    """1-bit attention and other feed-forward functions need to know the modelling code."""
+def check_architecture(model, config: ReBNNConfig) -> None:
+    """Raise a ValueError where 1-bit attention or another feed-forward function meets unknown modelling code."""
     wanted = [f"attention={config.attention!r}"] if config.attention != "softmax" else []
     wanted += [f"ffn_activation={config.ffn_activation!r}"] if config.ffn_activation != "model" else []
     if wanted and layout_of(model) is None:
@@ -144,10 +148,11 @@ def tied_weights(model: PreTrainedModel) -> dict[str, str]:
 
 
 def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
-    """Write into the config what was converted and what was not."""
+    """Write into the config what is converted and what is not."""
     relative = {name: base_relative(model, name) for name in targets}
     config.converted = [short for short in relative.values() if short is not None]
     config.converted_head = [name for name, short in relative.items() if short is None]
+    config.converted_attention, config.converted_ffn = _blocks_to_change(model, config)
     config.not_converted = [
         name
         for name, module in model.named_modules()
@@ -156,14 +161,33 @@ def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
     config.state = "latent"
 
 
+def _blocks_to_change(model, config: ReBNNConfig) -> tuple[list[str], list[str]]:
+    """Base-relative names of attention modules and feed-forward functions that the config changes."""
+    layout = layout_of(model)
+    if layout is None:
+        return [], []
+    skipped = skipped_modules(model, config)
+    names = {
+        part: [base_relative(model, name) for block, _ in blocks(model) if (name := f"{block}.{part}") not in skipped]
+        for part in (layout.attention, layout.ffn_activation)
+    }
+    attention = names[layout.attention] if config.attention != "softmax" else []
+    return attention, names[layout.ffn_activation] if config.ffn_activation != "model" else []
+
+
+def full_name(model: PreTrainedModel, relative: str) -> str:
+    """Name in this model of a module that the config names relative to the base model."""
+    return relative if model.base_model is model else f"{model.base_model_prefix}.{relative}"
+
+
 def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
     """Full names, in this model, of the modules a config calls converted.
 
     Another head class, or none, may lack the pooler and the head.
     """
-    prefix = "" if model.base_model is model else model.base_model_prefix + "."
     modules = dict(model.named_modules())
-    names = [prefix + name for name in config.converted if "pooler" not in name.split(".") or prefix + name in modules]
+    names = [full_name(model, name) for name in config.converted]
+    names = [name for name in names if "pooler" not in name.split(".") or name in modules]
     names += [name for name in config.converted_head if name in modules]
     if not names:
         raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")

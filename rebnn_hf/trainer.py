@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import distillation
@@ -27,6 +28,9 @@ logger = logging.get_logger(__name__)
 LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
 HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
 WEIGHTS = ("label_weight", "logits_weight", "hidden_weight", "relation_weight", "attention_weight")
+
+PADDING = -1e4
+"""Logit of a padding position: no probability, and finite at every temperature."""
 
 CALIBRATION_EXAMPLES = 64
 """Training examples that the scales of elastic activations are found from."""
@@ -179,6 +183,7 @@ class ReBNNTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if given and self.resilience is not None:
             return optimizer
+        self._calibrate()  # here the model is final: made by model_init, loaded from a checkpoint, not yet wrapped
         if list(_latent_parameters(self.model)):
             if not given:
                 self._regroup(optimizer)
@@ -186,11 +191,7 @@ class ReBNNTrainer(Trainer):
         return optimizer
 
     def train(self, *args, **kwargs):
-        """Train as transformers does, with scales of elastic activations found from data before.
-
-        Afterwards the oscillation statistics are drawn to `output_dir/oscillation.png`.
-        """
-        self._calibrate()
+        """Train as transformers does, then draw the oscillation statistics to `output_dir/oscillation.png`."""
         result = super().train(*args, **kwargs)
         if self.args.plot_oscillation and self.resilience is not None and self.is_world_process_zero():
             self._plot()
@@ -215,17 +216,14 @@ class ReBNNTrainer(Trainer):
 
     def _calibrate(self) -> None:
         """Give elastic activations without one a scale, from the same examples on every process."""
-        examples = self._calibration_examples()
-        if examples:
-            model = self.model.to(self.args.device)
-            calibrate(model, self._prepare_inputs(self.data_collator(examples)))
+        waiting = any(isinstance(m, Elastic) and not m.calibrated for m in self.model.modules())
+        if waiting and self.train_dataset is not None:
+            collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
+            calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())))
 
     def _calibration_examples(self) -> list:
-        if not any(isinstance(m, Elastic) and not m.calibrated for m in self.model.modules()):
-            return []
-        if self.train_dataset is None:
-            raise ValueError("Trainer: training requires a train_dataset.")
-        if not hasattr(self.train_dataset, "__getitem__"):
+        """Examples drawn by the seed; of a stream, which cannot be drawn from, the first."""
+        if not has_length(self.train_dataset):
             return list(islice(self.train_dataset, CALIBRATION_EXAMPLES))
         generator = torch.Generator().manual_seed(self.args.seed)
         indices = torch.randperm(len(self.train_dataset), generator=generator)[:CALIBRATION_EXAMPLES].tolist()
@@ -378,7 +376,7 @@ def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     spans = [outputs["start_logits"], outputs["end_logits"]]
     if mask is None:
         return spans
-    return [logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min) for logits in spans]
+    return [logits.float().masked_fill(mask == 0, PADDING) for logits in spans]
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from glue_arguments import Distillation, parse_arguments
 from glue_augmentation import check_augmentation, student_tokens
 from glue_grammar import demo_model_config
-from glue_job import GlueJob, Job, prepare
+from glue_job import GlueJob, Job, Logits, load_pretrained, prepare
 from glue_report import print_summary, write_report
 from glue_tasks import Task
 from glue_training import STATE_FILE, DistillationTrainer, FineTuningTrainer, device_arguments, silence, train
@@ -53,12 +53,33 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_stages(job: Job) -> None:
     """Runs what is left to do of a job of any kind."""
+    check_architecture(job)
     job.stage("teacher", fine_tune_teacher)
     for stage in job.arguments.distillations():
         job.stage(stage.name, partial(distil_student, stage=stage))
     job.stage("packed", pack_student)
     report(job)
     PartialState().destroy_process_group()
+
+
+def check_architecture(job: Job) -> None:
+    """Refuses a model that cannot be binarized before the teacher is trained, not after.
+
+    Raises:
+        SystemExit: With what binarize() says.
+    """
+    options = job.arguments.teacher
+    source = options.teacher or options.model_name_or_path
+    if source is None:  # the demo's own
+        return
+    config = load_pretrained(AutoConfig.from_pretrained, source)
+    try:
+        with torch.device("meta"):
+            model = job.auto_model.from_config(config)
+        for stage in job.arguments.distillations():
+            rebnn_hf.selected_modules(model, job.arguments.binary.config(stage.preset))
+    except ValueError as error:
+        raise SystemExit(f"{source} cannot be binarized as asked: {error}") from None
 
 
 # Stage 1: the teacher
@@ -162,7 +183,12 @@ def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
     if stage.previous is None:
         student = rebnn_hf.binarize(model, method)
     else:
-        student = rebnn_hf.rebinarize(model, method, carry_scales=job.arguments.student.stage_scales == "carry")
+        student = rebnn_hf.rebinarize(
+            model,
+            method,
+            carry_weight_scales=job.arguments.student.stage_weight_scales == "carry",
+            carry_activation_scales=job.arguments.student.stage_activation_scales == "carry",
+        )
     for module in student.modules():
         if type(module) is nn.Embedding:
             module.weight.requires_grad_(job.arguments.student.train_embeddings)
@@ -184,39 +210,45 @@ def with_dropout(source: str | Path, dropout: float) -> PretrainedConfig:
 def pack_student(job: Job) -> dict[str, Any]:
     """Packs the student, reloads it as a user would, and compares the two."""
     folder, dtype = job.run.folder("packed"), job.arguments.packed_dtype()
-    latent = job.load(job.run.folder("latent"))
-    latent_logits = job.validate(latent)
+    student = job.load(job.run.folder("latent"))
+    latent_logits = job.validate(student)
+    check_equal(latent_logits, job.validate(rebnn_hf.pack(student)), torch.float32)
     if job.process.is_main_process:
-        rebnn_hf.pack(latent, dtype).save_pretrained(folder)
+        rebnn_hf.pack(student, dtype).save_pretrained(folder)
         job.tokenizer.save_pretrained(folder)
     job.process.wait_for_everyone()
     packed = job.auto_model.from_pretrained(folder)
     packed_logits = job.validate(packed)
-    difference = check_equal(latent_logits, packed_logits, dtype)
+    if dtype == torch.float32 or job.arguments.binary.config().activation == "none":
+        check_equal(latent_logits, packed_logits, dtype)  # few-bit activations may turn rounding into other codes
     job.submit(packed, packed_logits)
     summary = rebnn_hf.summary(packed)
     return {
         "scores": {"latent": job.score(latent_logits), "packed": job.score(packed_logits)},
-        "max_logit_difference": difference,
+        "max_logit_difference": largest_difference(latent_logits, packed_logits),
         "size": summary.totals,
         "layers": str(summary),
     }
 
 
-def check_equal(latent: dict[str, np.ndarray], packed: dict[str, np.ndarray], dtype: torch.dtype) -> float:
-    """Largest difference between the logits of the latent and of the reloaded packed model.
+def largest_difference(latent: Logits, packed: Logits) -> float:
+    """Largest difference between the logits of two models."""
+    return max(float(np.abs(latent[name] - packed[name]).max()) for name in latent)
+
+
+def check_equal(latent: Logits, packed: Logits, dtype: torch.dtype) -> None:
+    """Refuses a packed model whose logits differ from the latent one's.
 
     Raises:
-        RuntimeError: If it is more than rounding in `dtype` can explain.
+        RuntimeError: If it is by more than rounding in `dtype` can explain.
     """
-    difference = max(float(np.abs(latent[name] - packed[name]).max()) for name in latent)
+    difference = largest_difference(latent, packed)
     largest = max(float(np.abs(logits).max()) for logits in latent.values())
     if not difference <= math.sqrt(torch.finfo(dtype).eps) * max(1.0, largest):
         raise RuntimeError(
             f"the packed model does not answer like the trained one: logits of up to {largest:.3g} differ by "
             f"{difference:.3g}, which is more than rounding in {dtype}. Nothing is reported."
         )
-    return difference
 
 
 # Stage 4: the report

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from argparse import HelpFormatter
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from glue_tasks import TASKS, Task
 from transformers import HfArgumentParser, TrainingArguments
 
-from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments
+from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments, stage_conflict
 from rebnn_hf.presets import CONFIGS, loss_fields
 
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
@@ -106,9 +107,10 @@ class StudentArguments:
     relation_weight: float | None = _option("weight of the query/key/value relation loss")
     attention_weight: float | None = _option("weight of the attention-score loss")
     stage_teacher: Literal["float", "previous"] = _option("teacher of the stages behind the first", default="float")
-    stage_scales: Literal["carry", "reset"] = _option(
-        "scales of a stage: those of the one before, or new", default="reset"
+    stage_weight_scales: Literal["carry", "reset"] = _option(
+        "weight scales of a later stage: those of the one before, or new", default="carry"
     )
+    stage_activation_scales: Literal["carry", "reset"] = _option("the same of its activations", default="reset")
 
 
 @dataclass
@@ -246,13 +248,25 @@ class Arguments:
         for preset in self.binary.stages:
             if preset not in CONFIGS:
                 raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
-        for stage in self.distillations():
-            self.binary.config(stage.preset)
+        self._check_stages()
         if self.binary.config().ties == "released":
             name = f"--preset {self.binary.preset}" if self.binary.preset else "--ties released"
             raise ValueError(f"{name} trains but cannot be packed: use ReBNNTrainer itself, or --ties up")
         self.augmentation.check()
         self._check_numbers()
+
+    def _check_stages(self) -> None:
+        """What the later stages would refuse only after the earlier ones have been trained."""
+        if self.binary.stages and self.binary.preset is None:
+            raise ValueError("--stages names what comes before --preset: pass the preset of the last stage too")
+        shared = [n for n in ("activation", "activation_bits", "attention") if getattr(self.binary, n) is not None]
+        if self.binary.stages and shared:
+            raise ValueError(f"--{shared[0]} would hold for every stage of --stages: choose presets that say it")
+        methods = [self.binary.config(stage.preset) for stage in self.distillations()]
+        for earlier, later in pairwise(methods):
+            conflict = stage_conflict(earlier, later)
+            if conflict:
+                raise ValueError(f"--stages: {conflict}")
 
     def distillations(self) -> list[Distillation]:
         """The stages between teacher and packed model; the last is `latent`."""

@@ -142,6 +142,29 @@ def test_layers_out_of_reach_are_named():
         calibrate(model, {"x": torch.randn(2, 8, dtype=torch.float64)})
 
 
+def test_a_failed_calibration_leaves_no_scale_and_no_mode_behind():
+    model = Two()
+    model.train()
+    model.second.eval()
+    good, model.second.forward = model.second.forward, lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, {"x": torch.randn(2, 8, dtype=torch.float64)})
+    assert not model.first.input_binarizer.calibrated and not model.first.input_binarizer.scale.any()
+    assert model.training and model.first.training and not model.second.training
+    model.second.forward = good
+    assert calibrate(model, {"x": torch.randn(2, 8, dtype=torch.float64)}) == 2
+
+
+def test_codes_of_eight_bits_are_exact_in_bfloat16():
+    """bfloat16 cannot hold 128.5: rounding by adding a half would give 129 for 128."""
+    elastic = Elastic(8, False, 4.0).to(torch.bfloat16)
+    with torch.no_grad():
+        elastic.scale.fill_(1.0)
+    elastic.check_calibration()
+    x = torch.arange(256).to(torch.bfloat16)
+    assert torch.equal(elastic(x)[0].float(), torch.arange(256.0))
+
+
 def test_a_loaded_scale_counts_as_calibrated():
     source, target = Elastic(2, True, 2.0, 4), Elastic(2, True, 2.0, 4)
     target.load_state_dict(source.state_dict())

@@ -1,5 +1,6 @@
 """Presets: what each stands for, that nothing in it is dead, that it trains, packs and comes back."""
 
+import datasets
 import pytest
 import torch
 import transformers as hf
@@ -12,6 +13,7 @@ from rebnn_hf import (
     calibrate,
     pack,
     rebinarize,
+    selected_modules,
     summary,
     unpack,
 )
@@ -138,7 +140,7 @@ def test_what_a_few_names_stand_for():
     "fields, message",
     [
         ({"attention": "elastic"}, r"attention='elastic' has the bits of the activations, .* has 32"),
-        ({"attention": "bool", "activation": "elastic", "activation_bits": 2}, "use attention='elastic'"),
+        ({"attention": "bool", "activation": "elastic", "activation_bits": 2}, "has 2 bits; use activation='sign'"),
         ({"ffn_activation": "relu", "activation": "sign"}, "would see one sign only"),
         ({"activation": "sign", "activation_bits": 4}, "'sign' comes in 1 bits"),
         ({"activation_bits": 1}, "activation='none' with activation_bits=1 is not possible"),
@@ -175,6 +177,67 @@ def test_relu_alone_can_be_unpacked(tmp_path):
     torch.testing.assert_close(logits(loaded), expected)
 
 
+def test_what_is_not_to_be_converted_keeps_its_attention_and_its_function(tmp_path):
+    model = binarize(build(), ReBNNConfig.preset("rebnn-bit-w1a1", modules_to_not_convert=["layer.0"]))
+    first, second = model.bert.encoder.layer
+    assert not hasattr(first.attention.self, "binary_attention") and hasattr(second.attention.self, "binary_attention")
+    assert type(first.intermediate.intermediate_act_fn) is not torch.nn.ReLU
+    assert type(second.intermediate.intermediate_act_fn) is torch.nn.ReLU
+    calibrate(model, BATCH)
+    with torch.no_grad():
+        mine = model(**BATCH, output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(mine, build()(**BATCH, output_hidden_states=True).hidden_states[1])
+    expected = logits(model)
+    pack(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)), expected)
+    base = hf.AutoModel.from_pretrained(tmp_path)
+    assert not hasattr(base.encoder.layer[0].attention.self, "binary_attention")
+    relu = binarize(build(), ReBNNConfig(ffn_activation="relu", modules_to_not_convert=["layer.0"]))
+    with pytest.raises(ValueError, match="cannot compute"):  # a float config has one function for all blocks
+        unpack(relu)
+
+
+def test_another_attention_implementation_is_refused_not_ignored():
+    model = student("rebnn-bit-w1a1")
+    expected = logits(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"set to 'sdpa' after binarize\(\).*set_attn_implementation\('rebnn'\)"):
+        logits(model)
+    model.set_attn_implementation("rebnn")
+    assert torch.equal(logits(model), expected)
+
+
+def test_embeddings_have_a_scale_for_each_token_also_where_matrices_have_one():
+    """BiT C4: a scale for the tensor of a linear layer, but for each row of the embedding."""
+    model = binarize(build(), ReBNNConfig.preset("bit", word_embeddings=True))
+    words = model.get_input_embeddings()
+    torch.testing.assert_close(words.scale(), words.weight.detach().abs().mean(-1))
+    assert model.bert.encoder.layer[0].output.dense.scale().shape == (1,)
+
+
+def test_new_parameters_of_a_frozen_model_are_frozen():
+    model = build()
+    model.bert.requires_grad_(False)
+    binarize(model, ReBNNConfig.preset("rebnn-bit-w1a1"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_scale_that_half_precision_would_lose_is_refused():
+    model = student("rebnn-bit-w1a1")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.input_binarizer.scale.fill_(1e-8)
+    with pytest.raises(ValueError, match=r"input_binarizer.scale is too small for torch.float16, and would be 0"):
+        pack(model, torch.float16)
+
+
+def test_selected_modules_are_those_that_binarize_converts():
+    config = ReBNNConfig.preset("rebnn-bit-w1a1", pooler=True)
+    with torch.device("meta"):
+        names = selected_modules(hf.BertForSequenceClassification(hf.BertConfig(**SIZES)), config)
+    model = binarize(build(), config)
+    assert names == [name for name, module in model.named_modules() if isinstance(module, LATENT_TYPES)]
+
+
 def test_packing_needs_scales():
     model = binarize(build(), ReBNNConfig.preset("rebnn-bit-w1a1"))
     with pytest.raises(ValueError, match=r"20 elastic activations have no scale yet \(first: bert.encoder.layer.0"):
@@ -193,7 +256,7 @@ def test_next_stage_keeps_weights_and_starts_the_balance_anew(carry):
         layer.weight_scale.mul_(1.5)
         layer.input_binarizer.shift.fill_(0.25)
     weight, scale, step = (t.clone() for t in (layer.weight, layer.weight_scale, layer.input_binarizer.scale))
-    rebinarize(model, ReBNNConfig.preset("rebnn-bit-w1a1"), carry_scales=carry)
+    rebinarize(model, ReBNNConfig.preset("rebnn-bit-w1a1"), carry_weight_scales=carry, carry_activation_scales=carry)
     layer = model.bert.encoder.layer[1].output.dense
     assert torch.equal(layer.weight, weight) and not layer.balance.any()
     assert layer.input_binarizer.bits == 1 and model.config.quantization_config.activation_bits == 1
@@ -211,6 +274,7 @@ def test_next_stage_keeps_weights_and_starts_the_balance_anew(carry):
 def test_next_stage_can_change_the_weight_rule():
     model = student("bit")
     rebinarize(model, ReBNNConfig.preset("rebnn-bit-w1a1"))
+    calibrate(model, BATCH)
     layer = model.bert.encoder.layer[0].output.dense
     torch.testing.assert_close(layer.weight_scale.detach(), layer.weight.detach().abs().mean(-1))
     assert layer.rule.center == "none" and logits(model).isfinite().all()
@@ -223,6 +287,8 @@ def test_next_stage_can_change_the_weight_rule():
         (lambda: pack(student("rebnn-bit-w1a2")), {}, "expects a latent model, got a packed one"),
         (lambda: student("rebnn-bit-w1a2"), {"pooler": True}, "the stages differ in pooler"),
         (lambda: student("rebnn-bit-w1a2"), {"attention": "softmax"}, "reverse the order"),
+        (lambda: student("rebnn-bit-w1a2"), {"ffn_activation": "rprelu"}, "the stages differ in ffn_activation"),
+        (lambda: mpnet(), {"ffn_activation": "model"}, "'mpnet' is not among bert"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused_and_change_nothing(make, overrides, message):
@@ -234,7 +300,59 @@ def test_stages_that_do_not_fit_are_refused_and_change_nothing(make, overrides, 
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def mpnet():
+    """2-bit inputs alone, on an architecture whose attention code is not known."""
+    model = hf.MPNetForSequenceClassification(hf.MPNetConfig(**SIZES))
+    return binarize(model, ReBNNConfig(activation="elastic", activation_bits=2))
+
+
+def test_float_activations_can_be_the_first_stage():
+    """Also the feed-forward function may change, from that of the model."""
+    model = student("rebnn-w1a32")
+    rebinarize(model, ReBNNConfig.preset("rebnn-bit-w1a1"))
+    calibrate(model, BATCH)
+    again = student("rebnn-bit-w1a1")
+    assert torch.equal(logits(model), logits(again))  # nothing was trained: the same as binarizing at once
+    assert model.config.quantization_config == again.config.quantization_config
+
+
 # Training
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Examples without a length, with a column that the model does not take."""
+
+    def __iter__(self):
+        for i in range(64):
+            yield {k: v[i % 8] for k, v in BATCH.items()} | {"sentence": "not for the model"}
+
+
+def columns():
+    examples = [{k: v[i].tolist() for k, v in BATCH.items()} | {"sentence": "not for the model"} for i in range(8)]
+    return datasets.Dataset.from_list(examples)
+
+
+@pytest.mark.parametrize("dataset", [Stream, columns, lambda: columns().to_iterable_dataset()])
+def test_training_calibrates_on_what_the_trainer_would_train_on(dataset, tmp_path):
+    arguments = ReBNNTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        plot_oscillation=False,
+        disable_tqdm=True,
+    )
+    trainer = ReBNNTrainer(
+        model_init=lambda: binarize(build(), ReBNNConfig.preset("rebnn-bit-w1a1")),  # a new model when training starts
+        teacher=build(),
+        args=arguments,
+        train_dataset=dataset(),
+        data_collator=hf.DefaultDataCollator(),
+    )
+    trainer.train()
+    assert all(m.scale.item() > 0 for m in trainer.model.modules() if isinstance(m, Elastic))
 
 
 def test_a_step_of_training_calibrates_alike_whatever_the_process_sees_first(tmp_path):
