@@ -164,11 +164,13 @@ def test_plots_of_an_incomplete_grid(tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_one_of_glue_py_and_a_rule_decides_over_its_preset(name):
     method = METHODS[name]
-    binary = parse_arguments(method.argv()).binary
+    packable = ["--ties", "up"] if "released" in name else []  # as the message of glue.py says
+    binary = parse_arguments(method.argv() + packable).binary
     config, rule = binary.config(), RULES.get(method.rule, {})
     assert binary.preset == method.preset
     expected = {**CONFIGS.get(method.preset, {}), **{key: str(value) for key, value in rule.items()}}
     expected |= {"balance_value": 2e-4} if method.rule == "const-2e-4" else {}
+    expected |= {"ties": "up"} if packable else {}
     assert {key: getattr(config, key) for key in expected} == expected
     assert set(rule) >= {"weight_scale", "balance_rule"} or not rule, "else the preset would show through"
 
@@ -206,8 +208,11 @@ def test_wrong_options_are_explained(options, complaint, capsys):
     ("options", "complaint"),
     [
         (["--", "--max_setps", "3"], "unrecognized arguments: --max_setps"),
-        (["--methods", "bit", "--", "--attention", "bool", "--activation_bits", "8"], "attention='bool' multiplies"),
-        (["--methods", "bit", "bit-released"], "bit-released has ties='released' and cannot be packed"),
+        (
+            ["--methods", "bit", "--", "--attention", "bool", "--activation_bits", "8"],
+            "attention='bool' goes with 1-bit",
+        ),
+        (["--methods", "bit", "bit-released"], "--preset bit-released trains but cannot be packed"),
     ],
 )
 def test_what_glue_py_would_refuse_is_refused_before_anything_starts(options, complaint, capsys, tmp_path):
