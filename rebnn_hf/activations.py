@@ -125,7 +125,8 @@ def elastic_levels(x: Tensor, scale: Tensor, low: int, high: int, ties: Ties = "
         Integers from low to high, same shape.
     """
     # In half precision x/a + 1/2 would round up to the next integer from 128 on.
-    return _LevelsThrough.apply(x, scale.to(torch.promote_types(scale.dtype, torch.float32)), low, high, ties)
+    scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    return _LevelsThrough.apply(x, scale, low, high, ties).to(x.dtype)
 
 
 def bool_gate(scores: Tensor, ties: Ties = "up") -> Tensor:

@@ -405,3 +405,14 @@ def test_regression_takes_the_mean_square_whatever_the_preset(tmp_path):
 def test_summary_says_what_stays_float():
     text = str(summary(student("rebnn-bit-w1a1", word_embeddings=True, pooler=True)))
     assert "embedding" in text and "LayerNorm" in text and "head (head=False)" in text
+
+
+@pytest.mark.parametrize("preset", ["rebnn-bit-w1a1", "rebnn-bit-w1a8", "rebnn-bibert-w1a1", "reactnet"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_and_comes_back(preset, dtype, tmp_path):
+    """Codes may differ from those of float32; file and memory must not."""
+    model = pack(student(preset, word_embeddings=True), dtype)
+    expected = logits(model)
+    assert expected.dtype == dtype and expected.isfinite().all()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)), expected)
