@@ -68,8 +68,7 @@ def check_architecture(job: Job) -> None:
     Raises:
         SystemExit: With what binarize() says.
     """
-    options = job.arguments.teacher
-    source = options.teacher or options.model_name_or_path
+    source = job.arguments.teacher.source
     if source is None:  # the demo's own
         return
     config = load_pretrained(AutoConfig.from_pretrained, source)
