@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import blocks, layout_of
-from .attention import ATTENTION_OF, IMPLEMENTATION, use_binary_attention
-from .binarizers import Elastic, RPReLU, binarizer_of
+from .binarizers import Elastic
 from .config import ReBNNConfig
 from .functional import WeightRule
+from .insertion import add_activations, replace_module
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
-from .targets import check_architecture, check_targets, full_name, names_to_load, record, select, tied_weights
+from .targets import check_architecture, check_targets, names_to_load, record, select, tied_weights
 
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
@@ -56,8 +56,8 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
         _own_config(model)
     for name, module in targets.items():
-        _replace(model, name, _latent(module, config))
-    _add_activations(model, config, list(targets))
+        replace_module(model, name, _latent(module, config))
+    add_activations(model, config, list(targets))
     untie_binary_embeddings(model)
     model.config.quantization_config = config
     return model
@@ -92,7 +92,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     _check_values(model, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES):
-            _replace(model, name, module.pack())
+            replace_module(model, name, module.pack())
     if dtype is not None:
         _cast_float(model, dtype)
     config.state = "packed"
@@ -125,7 +125,7 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
         )
     for name, module in list(model.named_modules()):
         if isinstance(module, LATENT_TYPES + PACKED_TYPES):
-            _replace(model, name, module.to_float())
+            replace_module(model, name, module.to_float())
     if config.converted_ffn:
         _own_config(model)
         setattr(model.config, layout_of(model).activation_field, "relu")
@@ -173,7 +173,7 @@ def rebinarize(
     old = {n: m for n, m in model.named_modules() if isinstance(m, Elastic)} if carry_activation_scales else {}
     for name in names:
         _change_rule(model.get_submodule(name), config, carry_weight_scales)
-    _add_activations(model, config, names)
+    add_activations(model, config, names)
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and name in old:
             module.load_state_dict(old[name].state_dict())
@@ -238,10 +238,10 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     for name in names:
         module = model.get_submodule(name)
         if config.state == "packed":
-            _replace(model, name, PACKED_OF[type(module)].like(module))
+            replace_module(model, name, PACKED_OF[type(module)].like(module))
         else:
-            _replace(model, name, _latent(module, config))
-    _add_activations(model, config, names)
+            replace_module(model, name, _latent(module, config))
+    add_activations(model, config, names)
 
 
 def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
@@ -360,44 +360,6 @@ def _change_rule(module: nn.Module, config: ReBNNConfig, carry_scales: bool) -> 
     same_scale = old_rule.granularity == module.rule.granularity and old_scale is not None
     if carry_scales and same_scale and module.weight_scale is not None:
         module.weight_scale = old_scale
-
-
-def _add_activations(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -> None:
-    """Put few-bit inputs on the 1-bit linear layers, and what the config records into the blocks."""
-    layout = layout_of(model)
-    unsigned = set()
-    if layout and config.ffn_activation != "rprelu":  # which has negative values as a rule, not by a hair as GELU
-        unsigned = {f"{block}.{layout.ffn_output}" for block, _ in blocks(model)}
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            binarizer = binarizer_of(config.activation_rule(), module.in_features, signed=name not in unsigned)
-            module.input_binarizer = None if binarizer is None else _like(binarizer, module)
-    changed = {full_name(model, name) for name in config.converted_ffn + config.converted_attention}
-    for name, block in blocks(model):
-        if layout and f"{name}.{layout.ffn_activation}" in changed:
-            width = block.get_submodule(layout.ffn_output).in_features
-            function = nn.ReLU() if config.ffn_activation == "relu" else RPReLU(width)
-            if type(block.get_submodule(layout.ffn_activation)) is not type(function):
-                _replace(block, layout.ffn_activation, _like(function, block))
-        if layout and f"{name}.{layout.attention}" in changed:
-            attention = ATTENTION_OF[config.attention](config.activation_rule())
-            use_binary_attention(block.get_submodule(layout.attention), _like(attention, block))
-    if config.converted_attention:
-        model.set_attn_implementation(IMPLEMENTATION)
-
-
-def _like(module: nn.Module, neighbour: nn.Module) -> nn.Module:
-    """A new module in the mode of another, with the device and float type of its parameters, frozen if they are."""
-    tensors = [tensor for tensor in neighbour.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
-    module = module.to_empty(device="meta") if tensors[0].is_meta else module.to(tensors[0].device)
-    trainable = any(tensor.requires_grad for tensor in tensors)
-    return module.to(tensors[0].dtype).train(neighbour.training).requires_grad_(trainable)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _cast_float(model: PreTrainedModel, dtype: torch.dtype) -> None:

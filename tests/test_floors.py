@@ -20,6 +20,7 @@ FLOORS = {
     "attention": 3,
     "layers": 3,
     "flops": 4,
+    "insertion": 4,
     "targets": 4,
     "patching": 5,
     "plotting": 5,
