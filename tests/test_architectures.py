@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rebnn_hf import ReBNNConfig, binarize, pack, unpack
+from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, unpack
 from rebnn_hf.layers import LATENT_TYPES, PACKED_TYPES, BinaryEmbedding, BinaryLinear, PackedLinear
 from rebnn_hf.packing import unpack_signs
 
@@ -455,3 +455,18 @@ def test_pipeline_reads_a_packed_folder(tmp_path):
             shares = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert answer["label"] == f"LABEL_{shares.argmax()}"
         assert answer["score"] == pytest.approx(shares.max().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", [("elastic", 1), ("elastic", 4), ("rsign", 1), ("token", 8)])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_few_bit_inputs_work_on_every_architecture(name, rule, tmp_path):
+    arch = ARCHITECTURES[name]
+    model = binarize(arch.build(), ReBNNConfig(activation=rule[0], activation_bits=rule[1]))
+    calibrate(model, arch.inputs())
+    expected = arch.logits(model)
+    inputs = of_types(model, BinaryLinear)
+    assert inputs and all(layer.input_binarizer is not None for layer in inputs.values())
+    float_inputs = arch.logits(binarize(arch.build()))
+    assert (expected - float_inputs).abs().max() > 1e-4, "the inputs were left float"
+    pack(model).save_pretrained(tmp_path)
+    assert torch.equal(arch.logits(arch.auto.from_pretrained(tmp_path)), expected)

@@ -14,6 +14,7 @@ SIZES = dict(vocab_size=50, hidden_size=20, num_hidden_layers=2, num_attention_h
 MODELS = {
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES)),
     "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**SIZES)),
+    "camembert": lambda: hf.CamembertForSequenceClassification(hf.CamembertConfig(**SIZES)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(
         hf.DistilBertConfig(vocab_size=50, dim=20, n_layers=2, n_heads=2, hidden_dim=36)
     ),
