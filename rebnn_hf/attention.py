@@ -44,9 +44,7 @@ class BoolAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """Context [B, H, S, d] and the bools [B, H, S, S]."""
-        scores = self.scores(query, key, scaling)
-        if mask is not None:
-            scores = scores + mask
+        scores = _masked(self.scores(query, key, scaling), mask)
         if dropout:
             kept = F.dropout(torch.ones_like(scores), dropout)
             scores = (scores * kept).masked_fill(kept == 0, torch.finfo(scores.dtype).min)
@@ -79,9 +77,7 @@ class ElasticAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """Context [B, H, S, d] and the quantized probabilities [B, H, S, S]."""
-        scores = self.scores(query, key, scaling)
-        if mask is not None:
-            scores = scores + mask
+        scores = _masked(self.scores(query, key, scaling), mask)
         probabilities = F.dropout(scores.softmax(-1), dropout)
         (codes, scale), (value, value_scale) = self.probabilities(probabilities), self.value(value)
         return codes @ value * (scale * value_scale), codes * scale
@@ -142,9 +138,12 @@ def _require_implementation(module: nn.Module, inputs) -> None:
 def _float_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    scores = query @ key.mT * scaling
-    probabilities = (scores if mask is None else scores + mask).softmax(-1)
+    probabilities = _masked(query @ key.mT * scaling, mask).softmax(-1)
     return F.dropout(probabilities, dropout) @ value, probabilities
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores + mask
 
 
 AttentionInterface.register(IMPLEMENTATION, binary_attention)
