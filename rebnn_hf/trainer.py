@@ -56,7 +56,8 @@ class ReBNNTrainingArguments(TrainingArguments):
     logits_reduction: str = field(
         default="batch",
         metadata={
-            "help": "Mean of soft_cross_entropy over the batch, or over batch and classes (BiBERT, BiT).",
+            "help": "Mean of soft_cross_entropy over the batch, or over batch and classes (BiBERT, BiT); in question "
+            "answering, where the classes are tokens, always over the batch.",
             "choices": ("batch", "batch_class"),
         },
     )
@@ -274,7 +275,8 @@ class ReBNNTrainer(Trainer):
         mask = inputs.get("attention_mask")
         if "logits" in weights:
             pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
-            parts["logits"] = sum(self._logits_loss(student, teacher, mask) for student, teacher in pairs)
+            span = "start_logits" in outputs
+            parts["logits"] = sum(self._logits_loss(student, teacher, mask, span) for student, teacher in pairs)
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
                 self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
@@ -285,14 +287,18 @@ class ReBNNTrainer(Trainer):
             parts["attention"] = attention_loss(mine, theirs, mask)
         return parts, outputs
 
-    def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None and student.ndim == 3 and student.shape[:2] == mask.shape:  # one prediction per token
+    def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool) -> Tensor:
+        """Loss of one tensor of logits; those of a span [B, S] have its tokens for classes, padding among them."""
+        squares = self.args.logits_loss == "mse" or student.shape[-1] == 1
+        per_token = student.ndim == 3 and mask is not None and student.shape[:2] == mask.shape
+        if per_token or (span and squares and mask is not None):
             student, teacher = student[mask.bool()], teacher[mask.bool()]
-        if self.args.logits_loss == "mse" or student.shape[-1] == 1:
+        if squares:
             return distillation.logits_mse(student, teacher)
         if self.args.logits_loss == "kl":
             return distillation.kl_divergence(student, teacher, self.args.temperature)
-        return distillation.soft_cross_entropy(student, teacher, self.args.temperature, self.args.logits_reduction)
+        reduction = "batch" if span else self.args.logits_reduction
+        return distillation.soft_cross_entropy(student, teacher, self.args.temperature, reduction)
 
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
         if isinstance(teacher, str | Path):

@@ -163,6 +163,12 @@ def test_question_answering_matches_both_ends_of_the_span(tmp_path):
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
     trainer.args.temperature = 0.5  # which doubles the logits of padding too
     assert trainer.compute_loss(student, dict(batch)).isfinite()
+    trainer.args.logits_reduction = "batch_class"
+    wider = {name: torch.nn.functional.pad(values, (0, 3)) for name, values in batch.items()}
+    for loss in ("kl", "soft_cross_entropy", "mse"):  # none depends on how far the batch was padded
+        trainer.args.logits_loss = loss
+        alone = trainer.compute_loss(student, dict(batch))
+        torch.testing.assert_close(trainer.compute_loss(student, dict(wider)), alone, rtol=1e-4, atol=1e-6)
     headless = trainer_for(tmp_path, rebnn_hf.binarize(bert().bert), bert().bert, data)
     with pytest.raises(ValueError, match=r"returns only last_hidden_state.*set logits_weight=0"):
         headless.compute_loss(headless.model.train(), dict(batch))
