@@ -1,0 +1,192 @@
+/* The inner loops of both AVX-512 files, which define POPCOUNT (of each 64-bit lane) and USE_VNNI. Internal. */
+#ifndef REBNN_AVX512_H
+#define REBNN_AVX512_H
+
+#include <string.h>
+
+/* The words of rows are broadcast against 16 outputs in two registers. ROWS is constant in each copy. */
+static inline __attribute__((always_inline)) void tile_of(const int ROWS, const uint64_t *a, int64_t words,
+                                                          const uint64_t *block, int32_t (*counts)[BLOCK])
+{
+    __m512i left[8], right[8];
+    for (int r = 0; r < ROWS; r++)
+        left[r] = right[r] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < words; k++) {
+        __m512i w0 = _mm512_load_si512(block + k * BLOCK), w1 = _mm512_load_si512(block + k * BLOCK + 8);
+        for (int r = 0; r < ROWS; r++) {
+            __m512i x = _mm512_set1_epi64((long long)a[r * words + k]);
+            left[r] = _mm512_add_epi64(left[r], POPCOUNT(_mm512_xor_si512(x, w0)));
+            right[r] = _mm512_add_epi64(right[r], POPCOUNT(_mm512_xor_si512(x, w1)));
+        }
+    }
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    for (int r = 0; r < ROWS; r++)
+        _mm512_store_si512(counts[r], _mm512_permutex2var_epi32(left[r], evens, right[r]));
+}
+
+#define HAS_TILE
+#define TILE_ROWS 8
+static inline void tile(const uint64_t *a, int64_t rows, int64_t words, const uint64_t *block, int32_t (*counts)[BLOCK])
+{
+    switch (rows) {
+    case 8: tile_of(8, a, words, block, counts); return;
+    case 7: tile_of(7, a, words, block, counts); return;
+    case 6: tile_of(6, a, words, block, counts); return;
+    case 5: tile_of(5, a, words, block, counts); return;
+    case 4: tile_of(4, a, words, block, counts); return;
+    case 3: tile_of(3, a, words, block, counts); return;
+    case 2: tile_of(2, a, words, block, counts); return;
+    default: tile_of(1, a, words, block, counts); return;
+    }
+}
+
+#define HAS_PACK
+static void pack(const float *x, int64_t n, const float *shift, float threshold, uint64_t *bits)
+{
+    const __m512 limit = _mm512_set1_ps(threshold);
+    for (int64_t start = 0; start < n; start += 64) {
+        uint64_t word = 0;
+        for (int64_t j = 0; j < 64 && start + j < n; j += 16) {
+            int64_t left = n - start - j;
+            __mmask16 some = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+            __m512 value = _mm512_maskz_loadu_ps(some, x + start + j);
+            if (shift)
+                value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + start + j));
+            word |= (uint64_t)_mm512_mask_cmp_ps_mask(some, value, limit, _CMP_GE_OQ) << j;
+        }
+        bits[start / 64] = word;
+    }
+}
+
+#define HAS_LEVELS
+static void levels(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high, uint8_t *codes)
+{
+    const __m512 lowest = _mm512_set1_ps((float)low), highest = _mm512_set1_ps((float)high);
+    for (int64_t j = 0; j < n; j += 16) {
+        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        __m512 value = _mm512_maskz_loadu_ps(some, x + j);
+        if (shift)
+            value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + j));
+        value = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(scale)), _mm512_set1_ps(0.5f));
+        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        value = _mm512_min_ps(_mm512_max_ps(value, lowest), highest); /* max takes the second of NaN and a number */
+        __m512i code = _mm512_sub_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(low));
+        _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
+    }
+}
+
+#define HAS_TOKEN
+static float token(const float *x, int64_t n, uint8_t *codes)
+{
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j += 16) {
+        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        largest = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(some, x + j)), largest);
+    }
+    float scale = _mm512_reduce_max_ps(largest) / 127;
+    scale = scale > 1.17549435e-38f ? scale : 1.17549435e-38f;
+    for (int64_t j = 0; j < n; j += 16) {
+        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(some, x + j), _mm512_set1_ps(scale));
+        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
+        __m512i code = _mm512_add_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(128));
+        _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
+    }
+    return scale;
+}
+
+#define HAS_MISMATCHES
+static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,
+                       uint8_t *result)
+{
+    for (int64_t j = 0; j < count; j += 8) {
+        __mmask8 some = count - j >= 8 ? 0xff : (__mmask8)((1u << (count - j)) - 1);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t w = 0; w < words; w++) {
+            __m512i key = _mm512_maskz_loadu_epi64(some, keys + w * stride + j);
+            sum = _mm512_add_epi64(sum, POPCOUNT(_mm512_xor_si512(_mm512_set1_epi64((long long)query[w]), key)));
+        }
+        _mm512_mask_cvtepi64_storeu_epi8(result + j, some, sum);
+    }
+}
+
+#define HAS_TABLE_SUM
+static float table_sum(const float *table, const uint8_t *index, int64_t count)
+{
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += 16) {
+        __mmask16 some = count - j >= 16 ? 0xffff : (__mmask16)((1u << (count - j)) - 1);
+        __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, index + j));
+        sum = _mm512_add_ps(sum, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, i, table, 4));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+#define HAS_AT_MOST
+static int64_t at_most(const uint8_t *index, int64_t count, int32_t limit, uint64_t *bits)
+{
+    int64_t set = 0;
+    for (int64_t j = 0; j < count; j += 64) {
+        __mmask64 some = count - j >= 64 ? ~0ull : (1ull << (count - j)) - 1;
+        __m512i values = _mm512_maskz_loadu_epi8(some, index + j);
+        uint64_t word = limit < 0 ? 0 : _mm512_mask_cmple_epu8_mask(some, values, _mm512_set1_epi8((char)(limit < 255 ? limit : 255)));
+        bits[j / 64] = word;
+        set += __builtin_popcountll(word);
+    }
+    return set;
+}
+
+#define HAS_OVERLAPS
+static void overlaps(const uint64_t *a, const uint64_t *b, int64_t words, int64_t n, int32_t *counts)
+{
+    for (int64_t i = 0; i < n; i += 8) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t w = 0; w < words; w++) {
+            __m512i both = _mm512_and_si512(_mm512_set1_epi64((long long)a[w]), _mm512_loadu_si512(b + w * n + i));
+            sum = _mm512_add_epi64(sum, POPCOUNT(both));
+        }
+        _mm256_storeu_si256((__m256i *)(counts + i), _mm512_cvtepi64_epi32(sum));
+    }
+}
+
+/* Four codes of each of 16 outputs: bits become bytes +1 and -1, once for all rows. */
+static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, const uint8_t *codes, int64_t quads,
+                                                               const uint64_t *block, int32_t (*counts)[BLOCK])
+{
+    const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
+    __m512i sums[8];
+    for (int r = 0; r < ROWS; r++)
+        sums[r] = _mm512_setzero_si512();
+    for (int64_t q = 0; q < quads; q++) {
+        __m512i signs = _mm512_mask_blend_epi8(block[q], minus, plus);
+        for (int r = 0; r < ROWS; r++) {
+            int32_t four;
+            memcpy(&four, codes + (r * quads + q) * 4, 4);
+            sums[r] = DOT(sums[r], _mm512_set1_epi32(four), signs);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        _mm512_store_si512(counts[r], sums[r]);
+}
+
+#define HAS_QUAD_TILE
+#define QUAD_ROWS 8
+static inline void quad_tile(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *block,
+                             int32_t (*counts)[BLOCK])
+{
+    switch (rows) {
+    case 8: quad_tile_of(8, codes, quads, block, counts); return;
+    case 7: quad_tile_of(7, codes, quads, block, counts); return;
+    case 6: quad_tile_of(6, codes, quads, block, counts); return;
+    case 5: quad_tile_of(5, codes, quads, block, counts); return;
+    case 4: quad_tile_of(4, codes, quads, block, counts); return;
+    case 3: quad_tile_of(3, codes, quads, block, counts); return;
+    case 2: quad_tile_of(2, codes, quads, block, counts); return;
+    default: quad_tile_of(1, codes, quads, block, counts); return;
+    }
+}
+
+#include "kernels.h"
+
+#endif

@@ -1,0 +1,70 @@
+/* What an instruction set provides: the inner loops. Internal; one constant table per isa_*.c file. */
+#ifndef REBNN_ISA_H
+#define REBNN_ISA_H
+
+#include "rebnn.h"
+
+#define BLOCK 16 /* outputs that are interleaved in a layout */
+
+/* What becomes of the products of a row with one block of outputs. `count` is the mismatches of bits (WORDS, summed
+ * with weights 2^plane) or the product of unsigned codes with signs (QUADS); ones[n] the set bits of weight row n.
+ *   dot = constant + per_one * ones[n] + factor * count
+ * Floats: y = dot * (scale[n] * input_scale * row_scale[m]) + bias[n].
+ * Bits:   1 where dot >= high[n] or dot <= low[n], 16 outputs at a time into
+ *         bits + m * bits_stride + block_offset[n / 16] (both in units of 16 bits).
+ */
+typedef struct {
+    int32_t constant, per_one, factor;
+    const float *scale, *bias;
+    float input_scale;
+    const float *row_scale; /* per row, or NULL */
+    float *y;               /* NULL: bits */
+    int64_t y_stride;
+    const int32_t *high, *low; /* padded to 16 outputs */
+    uint16_t *bits;
+    int64_t bits_stride;
+    const int64_t *block_offset;
+} epilogue;
+
+struct rebnn_isa {
+    const char *name;
+    int (*runs)(void);
+
+    /* bit j of `bits` = x[j] + shift[j] >= threshold, for j < n; spare bits of the last word are clear. */
+    void (*pack)(const float *x, int64_t n, const float *shift, float threshold, uint64_t *bits);
+    /* codes[j] = clip(floor((x[j] + shift[j]) / scale + 1/2), low, high) - low. */
+    void (*levels)(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high,
+                   uint8_t *codes);
+    /* codes[j] = round(x[j] / s) + 128; returns s = max|x| / 127. */
+    float (*token)(const float *x, int64_t n, uint8_t *codes);
+    /* y = (x - mean) / sqrt(variance + eps) * weight + bias; y may be x. */
+    void (*layer_norm)(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *y);
+
+    /* a [rows][planes][words] against blocks first..last-1 of a WORDS layout. `outputs` is their total number. */
+    void (*words)(const uint64_t *a, int64_t rows, int planes, int64_t words, const uint64_t *layout,
+                  const int32_t *ones, int64_t first, int64_t last, int64_t outputs, const epilogue *e);
+    /* codes [rows][4 * quads] against blocks of a QUADS layout. */
+    void (*quads)(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
+                  int64_t first, int64_t last, int64_t outputs, const epilogue *e);
+
+    /* mismatches[j] = bits that differ between query [words] and key j, keys [words][stride]; at most 255. */
+    void (*mismatches)(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,
+                       uint8_t *mismatches);
+    /* sum over j of table[index[j]]. */
+    float (*table_sum)(const float *table, const uint8_t *index, int64_t count);
+    /* bit j = index[j] <= limit; spare bits clear; returns how many are set. */
+    int64_t (*at_most)(const uint8_t *index, int64_t count, int32_t limit, uint64_t *bits);
+    /* counts[i] = set bits of a [words] & b[:, i], b [words][n], n a multiple of 16. */
+    void (*overlaps)(const uint64_t *a, const uint64_t *b, int64_t words, int64_t n, int32_t *counts);
+};
+
+extern const rebnn_isa rebnn_portable;
+extern const rebnn_isa rebnn_avx2;
+extern const rebnn_isa rebnn_avx512;
+extern const rebnn_isa rebnn_avx512vpopcnt;
+extern const rebnn_isa rebnn_neon;
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+#endif

@@ -1,0 +1,266 @@
+/* The inner loops in C, for every instruction set: each isa_*.c defines what it does better (and the macro that says so)
+ * and includes this file, which completes the table. Internal. */
+#ifndef REBNN_KERNELS_H
+#define REBNN_KERNELS_H
+
+#include <math.h>
+#include <string.h>
+
+#include "isa.h"
+
+#ifndef HAS_PACK
+static void pack(const float *x, int64_t n, const float *shift, float threshold, uint64_t *bits)
+{
+    for (int64_t start = 0; start < n; start += 64) {
+        int64_t count = n - start < 64 ? n - start : 64;
+        uint64_t word = 0;
+        for (int64_t j = 0; j < count; j++) {
+            float value = shift ? x[start + j] + shift[start + j] : x[start + j];
+            word |= (uint64_t)(value >= threshold) << j;
+        }
+        bits[start / 64] = word;
+    }
+}
+#endif
+
+#ifndef HAS_LEVELS
+static void levels(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high, uint8_t *codes)
+{
+    float lowest = (float)low, highest = (float)high;
+    for (int64_t j = 0; j < n; j++) {
+        float value = floorf((shift ? x[j] + shift[j] : x[j]) / scale + 0.5f);
+        value = value > lowest ? value : lowest; /* NaN too */
+        value = value < highest ? value : highest;
+        codes[j] = (uint8_t)((int32_t)value - low);
+    }
+}
+#endif
+
+#ifndef HAS_TOKEN
+static float token(const float *x, int64_t n, uint8_t *codes)
+{
+    float largest = 0;
+    for (int64_t j = 0; j < n; j++) {
+        float magnitude = fabsf(x[j]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float scale = largest / 127;
+    scale = scale > 1.17549435e-38f ? scale : 1.17549435e-38f;
+    for (int64_t j = 0; j < n; j++) {
+        float value = rintf(x[j] / scale);
+        value = value > -127 ? value : -127; /* NaN too */
+        value = value < 127 ? value : 127;
+        codes[j] = (uint8_t)((int32_t)value + 128);
+    }
+    return scale;
+}
+#endif
+
+#ifndef HAS_LAYER_NORM
+static void layer_norm(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *y)
+{
+    enum { LANES = 16 }; /* fixed, so that every instruction set adds in the same order */
+    float sums[LANES] = {0}, squares[LANES] = {0};
+    int64_t whole = n / LANES * LANES;
+    for (int64_t j = 0; j < whole; j += LANES)
+        for (int64_t i = 0; i < LANES; i++)
+            sums[i] += x[j + i];
+    for (int64_t j = whole; j < n; j++)
+        sums[j - whole] += x[j];
+    double sum = 0;
+    for (int64_t i = 0; i < LANES; i++)
+        sum += sums[i];
+    float mean = (float)(sum / (double)n);
+    for (int64_t j = 0; j < whole; j += LANES)
+        for (int64_t i = 0; i < LANES; i++) {
+            float centered = x[j + i] - mean;
+            squares[i] += centered * centered;
+        }
+    for (int64_t j = whole; j < n; j++)
+        squares[j - whole] += (x[j] - mean) * (x[j] - mean);
+    double square = 0;
+    for (int64_t i = 0; i < LANES; i++)
+        square += squares[i];
+    float inverse = (float)(1 / sqrt(square / (double)n + (double)eps));
+    for (int64_t j = 0; j < n; j++)
+        y[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
+}
+#endif
+
+/* The epilogue of a tile: counts [rows][BLOCK] of rows m..m+rows-1 with the block of outputs. */
+static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
+                          int64_t outputs, const epilogue *e)
+{
+    int64_t n = block * BLOCK;
+    int32_t base[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++)
+        base[i] = e->constant + e->per_one * ones[n + i];
+    if (!e->y) {
+        const int32_t *high = e->high + n, *low = e->low + n;
+        uint16_t *bits = e->bits + e->block_offset[block];
+        for (int64_t r = 0; r < rows; r++) {
+            uint32_t mask = 0;
+            for (int64_t i = 0; i < BLOCK; i++) {
+                int32_t dot = base[i] + e->factor * counts[r][i];
+                mask |= (uint32_t)((dot >= high[i]) | (dot <= low[i])) << i;
+            }
+            bits[(m + r) * e->bits_stride] = (uint16_t)mask;
+        }
+        return;
+    }
+    int64_t width = outputs - n < BLOCK ? outputs - n : BLOCK;
+    float scale[BLOCK] = {0}, bias[BLOCK] = {0};
+    memcpy(scale, e->scale + n, (size_t)width * sizeof(float));
+    if (e->bias)
+        memcpy(bias, e->bias + n, (size_t)width * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) {
+        float row_scale = e->row_scale ? e->row_scale[m + r] : e->input_scale;
+        float y[BLOCK];
+        for (int64_t i = 0; i < BLOCK; i++) {
+            float dot = (float)(base[i] + e->factor * counts[r][i]);
+            y[i] = dot * (scale[i] * row_scale) + bias[i];
+        }
+        float *row = e->y + (m + r) * e->y_stride + n;
+        if (width == BLOCK)
+            memcpy(row, y, sizeof y);
+        else
+            memcpy(row, y, (size_t)width * sizeof(float));
+    }
+}
+
+/* Planes of a row: count = sum of 2^plane mismatches. `counts` holds rows * planes rows and keeps the first `rows`. */
+static inline void combine_planes(int32_t (*counts)[BLOCK], int64_t rows, int planes)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < BLOCK; i++) {
+            int32_t sum = 0;
+            for (int p = planes - 1; p >= 0; p--)
+                sum = 2 * sum + counts[r * planes + p][i];
+            counts[r][i] = sum;
+        }
+}
+
+#ifndef HAS_TILE
+#define TILE_ROWS 4
+static inline void tile(const uint64_t *a, int64_t rows, int64_t words, const uint64_t *block, int32_t (*counts)[BLOCK])
+{
+    memset(counts, 0, (size_t)rows * sizeof *counts);
+    for (int64_t k = 0; k < words; k++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < BLOCK; i++)
+                counts[r][i] += (int32_t)__builtin_popcountll(a[r * words + k] ^ block[k * BLOCK + i]);
+}
+#endif
+
+#ifndef HAS_WORDS
+static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, const uint64_t *layout,
+                  const int32_t *ones, int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+{
+    int32_t counts[TILE_ROWS][BLOCK] __attribute__((aligned(64)));
+    int64_t step = TILE_ROWS / planes;
+    for (int64_t block = first; block < last; block++) {
+        const uint64_t *weights = layout + block * words * BLOCK;
+        for (int64_t m = 0; m < rows; m += step) {
+            int64_t count = rows - m < step ? rows - m : step;
+            tile(a + m * planes * words, count * planes, words, weights, counts);
+            if (planes > 1)
+                combine_planes(counts, count, planes);
+            finish((const int32_t(*)[BLOCK])counts, m, count, block, ones, outputs, e);
+        }
+    }
+}
+#endif
+
+#ifndef HAS_QUAD_TILE
+#define QUAD_ROWS 4
+static inline void quad_tile(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *block,
+                             int32_t (*counts)[BLOCK])
+{
+    memset(counts, 0, (size_t)rows * sizeof *counts);
+    for (int64_t q = 0; q < quads; q++)
+        for (int64_t i = 0; i < BLOCK; i++) {
+            uint32_t nibble = (uint32_t)(block[q] >> (4 * i)) & 15;
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t j = 0; j < 4; j++) {
+                    int32_t code = codes[(r * quads + q) * 4 + j];
+                    counts[r][i] += nibble >> j & 1 ? code : -code;
+                }
+        }
+}
+#endif
+
+static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
+                  int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+{
+    int32_t counts[QUAD_ROWS][BLOCK] __attribute__((aligned(64)));
+    for (int64_t block = first; block < last; block++)
+        for (int64_t m = 0; m < rows; m += QUAD_ROWS) {
+            int64_t count = rows - m < QUAD_ROWS ? rows - m : QUAD_ROWS;
+            quad_tile(codes + m * quads * 4, count, quads, layout + block * quads, counts);
+            finish((const int32_t(*)[BLOCK])counts, m, count, block, ones, outputs, e);
+        }
+}
+
+#ifndef HAS_MISMATCHES
+static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,
+                       uint8_t *result)
+{
+    for (int64_t j = 0; j < count; j++) {
+        int differ = 0;
+        for (int64_t w = 0; w < words; w++)
+            differ += __builtin_popcountll(query[w] ^ keys[w * stride + j]);
+        result[j] = (uint8_t)differ;
+    }
+}
+#endif
+
+#ifndef HAS_TABLE_SUM
+static float table_sum(const float *table, const uint8_t *index, int64_t count)
+{
+    float sums[4] = {0};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4)
+        for (int64_t i = 0; i < 4; i++)
+            sums[i] += table[index[j + i]];
+    for (; j < count; j++)
+        sums[0] += table[index[j]];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+#endif
+
+#ifndef HAS_AT_MOST
+static int64_t at_most(const uint8_t *index, int64_t count, int32_t limit, uint64_t *bits)
+{
+    int64_t set = 0;
+    for (int64_t start = 0; start < count; start += 64) {
+        int64_t width = count - start < 64 ? count - start : 64;
+        uint64_t word = 0;
+        for (int64_t j = 0; j < width; j++)
+            word |= (uint64_t)((int32_t)index[start + j] <= limit) << j;
+        bits[start / 64] = word;
+        set += __builtin_popcountll(word);
+    }
+    return set;
+}
+#endif
+
+#ifndef HAS_OVERLAPS
+static void overlaps(const uint64_t *a, const uint64_t *b, int64_t words, int64_t n, int32_t *counts)
+{
+    for (int64_t i = 0; i < n; i++) {
+        int set = 0;
+        for (int64_t w = 0; w < words; w++)
+            set += __builtin_popcountll(a[w] & b[w * n + i]);
+        counts[i] = set;
+    }
+}
+#endif
+
+#define REBNN_TABLE(title, check)                                                                                     \
+    {                                                                                                                 \
+        .name = title, .runs = check, .pack = pack, .levels = levels, .token = token, .layer_norm = layer_norm,       \
+        .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum, .at_most = at_most,         \
+        .overlaps = overlaps,                                                                                         \
+    }
+
+#endif

@@ -1,0 +1,123 @@
+/* rebnn: inference with 1-bit weights on CPUs. A C library without dependencies; see docs/engine.md.
+ *
+ * Conventions
+ *   - Weights are signs b in {-1, +1}, one bit each (set: +1), in the bit format of docs/format.md: row-major, one row
+ *     per output, element j in bit j % 8 of byte j / 8, spare bits clear.
+ *   - Activations become codes c (integers); a product sum_j c_j b_j is an exact 32-bit integer, of magnitude at most
+ *     255 * inputs; REBNN_MAX_INPUTS keeps it below 2^31. All instruction sets give the same integers.
+ *   - Floats are IEEE binary32. A NaN is below every threshold: its bit is 0, its code the lowest one. Infinities
+ *     are ordinary. Denormals are not flushed.
+ *   - Sizes are int64_t and may be 0. Pointers need the alignment of their type; layouts want 64 bytes for speed.
+ *   - Every function that takes `threads` splits its work over that many threads, of which it starts threads - 1 and
+ *     joins them before it returns. Nothing is kept between calls: there is no pool and no mutable global, and
+ *     functions can be called from any number of threads at once.
+ *   - Functions return REBNN_OK or say what is wrong; they check sizes and NULL, never the contents of buffers.
+ */
+#ifndef REBNN_H
+#define REBNN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define REBNN_API __attribute__((visibility("default")))
+#else
+#define REBNN_API
+#endif
+
+#define REBNN_ABI_VERSION 1
+#define REBNN_MAX_INPUTS 4194304 /* 2^22: products of 8-bit codes stay below 2^31 */
+#define REBNN_MAX_THREADS 1024
+
+typedef enum {
+    REBNN_OK = 0,
+    REBNN_BAD_ARGUMENT = 1, /* a size out of range, a NULL pointer, an unknown kind */
+    REBNN_NO_MEMORY = 2,    /* scratch memory could not be had; outputs are undefined */
+} rebnn_status;
+
+/* ---- Instruction sets ---------------------------------------------------------------------------------------- */
+
+/* The kernels of one instruction set; constant. */
+typedef struct rebnn_isa rebnn_isa;
+
+REBNN_API int rebnn_abi_version(void);
+
+/* Instruction sets compiled in, best first: avx512vpopcnt, avx512, avx2, neon, portable. NULL behind the last. */
+REBNN_API const char *rebnn_isa_name(int index);
+
+/* Whether this CPU (and its operating system) runs it. */
+REBNN_API int rebnn_isa_runs(const char *name);
+
+/* The kernels of that name, or with NULL the best that run here. NULL if there are none of that name here. */
+REBNN_API const rebnn_isa *rebnn_isa_find(const char *name);
+
+/* ---- Weights ------------------------------------------------------------------------------------------------- */
+
+/* Kernel layouts: the bits in another order, built once from the bit format, never saved.
+ *   WORDS for 1-, 2- and 4-bit codes: per 16 outputs, per 64 inputs, the 64-bit words of the 16 rows.
+ *   QUADS for 8-bit codes: per 16 outputs, per 4 inputs, one word with bit 4 * output + input.
+ * Outputs are padded to 16 with -1; behind the words stand int32 counts of set bits, one per (padded) output. */
+typedef enum { REBNN_WORDS = 0, REBNN_QUADS = 1 } rebnn_layout;
+
+/* Bytes of a layout; -1 for bad arguments. */
+REBNN_API int64_t rebnn_layout_size(rebnn_layout kind, int64_t outputs, int64_t inputs);
+
+/* bits: [outputs][ceil(inputs / 8)] -> layout of rebnn_layout_size() bytes. */
+REBNN_API rebnn_status rebnn_layout_fill(rebnn_layout kind, int64_t outputs, int64_t inputs, const uint8_t *bits,
+                                         void *layout);
+
+/* ---- Activations --------------------------------------------------------------------------------------------- */
+
+typedef enum {
+    REBNN_SIGN = 0,   /* c = +1 if x + shift >= 0, else -1; times scale */
+    REBNN_LEVELS = 1, /* c = clip(floor((x + shift) / scale + 1/2), low, low + 2^bits - 1); times scale */
+    REBNN_TOKEN = 2,  /* s = max|x| / 127 of the row, c = round-half-even(x / s) in -127..127; times s. bits = 8 */
+} rebnn_codes;
+
+typedef struct {
+    int32_t codes;      /* a rebnn_codes */
+    int32_t bits;       /* SIGN: 1; LEVELS: 1, 2, 4 (layout WORDS) or 8 (QUADS); TOKEN: 8 (QUADS) */
+    int32_t low;        /* lowest code of LEVELS, from -2^(bits-1) to 0; else 0 */
+    float scale;        /* a > 0; of SIGN it only multiplies the result; ignored by TOKEN */
+    const float *shift; /* [inputs], or NULL; ignored by TOKEN */
+} rebnn_input;
+
+/* Codes of `rows` rows of `inputs` floats, minus `low` (TOKEN: plus 128; SIGN: 0 for -1): [rows][inputs] bytes, and
+ * for TOKEN the scales [rows], else NULL. What rebnn_linear computes first, to look at and to test. */
+REBNN_API rebnn_status rebnn_encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x,
+                                    const rebnn_input *input, uint8_t *codes, float *token_scale);
+
+/* ---- Products ------------------------------------------------------------------------------------------------ */
+
+/* y = (c b^T) * (weight_scale * input scale) + bias.
+ *   x [rows][inputs] floats, contiguous; layout of the kind that input->bits calls for; weight_scale [outputs];
+ *   bias [outputs] or NULL; y [rows][outputs], written entirely. The product is an exact integer, converted to float
+ *   (exact up to 2^24), multiplied, then added: two roundings. */
+REBNN_API rebnn_status rebnn_linear(const rebnn_isa *isa, int threads, int64_t rows, int64_t inputs, int64_t outputs,
+                                    const float *x, const rebnn_input *input, const void *layout,
+                                    const float *weight_scale, const float *bias, float *y);
+
+/* Rows of a 1-bit table: y[i] = scale[index[i]] * b[index[i]], y [count][width].
+ *   bits in the bit format [entries][ceil(width / 8)], scale [entries]. An index outside 0..entries-1 is a
+ *   REBNN_BAD_ARGUMENT, and y is undefined. */
+REBNN_API rebnn_status rebnn_embedding(int threads, int64_t count, int64_t entries, int64_t width,
+                                       const int64_t *index, const uint8_t *bits, const float *scale, float *y);
+
+/* ---- Encoders ------------------------------------------------------------------------------------------------ */
+
+/* A stack of BERT layers (post-LayerNorm) with 1-bit weights, activations and attention, as one call.
+ *
+ * image: one buffer, see encoder.h for its fields; made by rebnn_hf/kernels/image.py.
+ * hidden [sequences][length][width]: in and out. mask [sequences][length] bytes: 0 for padding; NULL: no padding.
+ * Padded positions cost nothing and come out as zeros. */
+REBNN_API rebnn_status rebnn_encoder(const rebnn_isa *isa, int threads, int64_t sequences, int64_t length,
+                                     const uint8_t *mask, const void *image, int64_t image_size, float *hidden);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
