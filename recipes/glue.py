@@ -13,7 +13,7 @@ the same command continues where it stopped; stages that are complete are not re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ from glue_grammar import demo_model_config
 from glue_job import GlueJob, Job, Logits, load_pretrained, prepare
 from glue_report import print_summary, write_report
 from glue_tasks import Task
-from glue_training import STATE_FILE, DistillationTrainer, FineTuningTrainer, device_arguments, silence, train
+from glue_training import (
+    STATE_FILE,
+    DistillationTrainer,
+    FineTuningTrainer,
+    Trained,
+    device_arguments,
+    silence,
+    train,
+)
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -88,22 +96,56 @@ def fine_tune_teacher(job: Job) -> dict[str, Any]:
     """Fine-tunes the float model, unless --teacher brings one, and scores it."""
     record: dict[str, Any] = {}
     if job.arguments.teacher.teacher is None:
-        options = job.arguments.teacher
-        arguments = training_arguments(
-            TrainingArguments,
-            job,
-            "teacher",
-            learning_rate=options.teacher_learning_rate,
-            num_train_epochs=options.teacher_epochs,
-        )
-        set_seed(job.arguments.run.seed)
-        trainer = FineTuningTrainer(model=build_teacher(job), args=arguments, **trainer_inputs(job))
-        record |= train_and_save(job, trainer, "teacher")
+        runs = [fine_tune(job, number) for number in range(job.arguments.teacher.teacher_runs)]
+        save(job, averaged(job, runs), "teacher")
+        record |= trained_record(runs)
+        if len(runs) > 1:
+            record["run_scores"] = [job.score(job.validate(job.load(run.checkpoint))) for run in runs]
     teacher, loading = job.load(job.teacher_folder, output_loading_info=True)
     check_head(loading["missing_keys"], job.task)
     check_labels(teacher, job.task)
     record["scores"] = job.score(job.validate(teacher))
     return record
+
+
+def fine_tune(job: Job, number: int) -> Trained:
+    """One of the fine-tunings of the teacher, counted from 0.
+
+    All start from the same weights, those of the new head included; what differs is the order of the data and dropout.
+    """
+    options, seed = job.arguments.teacher, job.arguments.run.seed
+    name = "teacher"
+    if options.teacher_runs > 1:
+        name = f"teacher/run-{number + 1}"
+        job.process.print(f"teacher: fine-tuning {number + 1} of {options.teacher_runs}")
+    arguments = training_arguments(
+        TrainingArguments,
+        job,
+        name,
+        learning_rate=options.teacher_learning_rate,
+        num_train_epochs=options.teacher_epochs,
+        seed=seed + number,
+    )
+    set_seed(seed)
+    trainer = FineTuningTrainer(model=build_teacher(job), args=arguments, **trainer_inputs(job))
+    return train_logged(job, trainer, name)
+
+
+def averaged(job: Job, runs: Sequence[Trained]) -> PreTrainedModel:
+    """The model that trainings from one start average to: a model soup (Wortsman et al. 2022, arXiv 2203.05482)."""
+    model, *others = (job.auto_model.from_pretrained(run.checkpoint) for run in runs)
+    model.load_state_dict(mean_weights([one.state_dict() for one in (model, *others)]))
+    return model
+
+
+def mean_weights(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Mean of each floating-point tensor, taken in float64; the others are those of the first state."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[0].items()
+    }
 
 
 def build_teacher(job: Job) -> PreTrainedModel:
@@ -153,6 +195,7 @@ def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
         learning_rate=options.learning_rate,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
+        seed=job.arguments.run.seed,
         log_oscillation="layer",
         plot_oscillation=False,  # the report draws it, also after an interruption
         **job.arguments.losses(),
@@ -162,7 +205,9 @@ def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
     set_seed(job.arguments.run.seed)
     model = build_student(job, stage)
     trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **inputs)
-    return record | train_and_save(job, trainer, stage.name)
+    trained = train_logged(job, trainer, stage.name)
+    save(job, job.auto_model.from_pretrained(trained.checkpoint), stage.name)
+    return record | trained_record([trained])
 
 
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:
@@ -212,10 +257,7 @@ def pack_student(job: Job) -> dict[str, Any]:
     student = job.load(job.run.folder("latent"))
     latent_logits = job.validate(student)
     check_equal(latent_logits, job.validate(rebnn_hf.pack(student)), torch.float32)
-    if job.process.is_main_process:
-        rebnn_hf.pack(student, dtype).save_pretrained(folder)
-        job.tokenizer.save_pretrained(folder)
-    job.process.wait_for_everyone()
+    save(job, rebnn_hf.pack(student, dtype), "packed")
     packed = job.auto_model.from_pretrained(folder)
     packed_logits = job.validate(packed)
     if dtype == torch.float32 or job.arguments.binary.config().activation == "none":
@@ -281,7 +323,6 @@ def training_arguments(
         logging_first_step=True,
         report_to=run.report_to,
         disable_tqdm=False,
-        seed=run.seed,
         bf16=run.bf16,
         **device_arguments(),
         **specific,
@@ -293,17 +334,30 @@ def trainer_inputs(job: Job) -> dict[str, Any]:
     return {"train_dataset": job.tokens["train"], "data_collator": DataCollatorWithPadding(job.tokenizer)}
 
 
-def train_and_save(job: Job, trainer: Trainer, stage: str) -> dict[str, Any]:
-    """Trains, leaves model, tokenizer and training log in the stage's folder, and returns what to record."""
+def train_logged(job: Job, trainer: Trainer, name: str) -> Trained:
+    """Trains in the folder of that name and leaves the training log there."""
     silence(trainer)
-    folder = job.run.folder(stage)
+    folder = job.run.folder(name)
     trained = train(trainer, folder)
     if job.process.is_main_process:
-        job.auto_model.from_pretrained(trained.checkpoint).save_pretrained(folder)
-        job.tokenizer.save_pretrained(folder)
         trained.state.save_to_json(str(folder / STATE_FILE))
+    return trained
+
+
+def save(job: Job, model: PreTrainedModel, stage: str) -> None:
+    """Leaves model and tokenizer in the stage's folder."""
+    if job.process.is_main_process:
+        model.save_pretrained(job.run.folder(stage))
+        job.tokenizer.save_pretrained(job.run.folder(stage))
     job.process.wait_for_everyone()
-    return {"steps": trained.state.global_step, "earlier_seconds": trained.earlier_seconds}
+
+
+def trained_record(runs: Sequence[Trained]) -> dict[str, Any]:
+    """What a stage records of its trainings."""
+    return {
+        "steps": sum(run.state.global_step for run in runs),
+        "earlier_seconds": sum(run.earlier_seconds for run in runs),
+    }
 
 
 if __name__ == "__main__":

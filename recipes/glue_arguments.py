@@ -71,6 +71,9 @@ class TeacherArguments:
     teacher: str | None = _option("an already fine-tuned model (name or folder); without it one is fine-tuned first")
     teacher_learning_rate: float | None = _option("default: the task's")
     teacher_epochs: float | None = _option("default: the task's")
+    teacher_runs: int | None = _option(
+        "average the weights of this many fine-tunings, which differ in data order and dropout; default: the task's"
+    )
 
     @property
     def source(self) -> str | None:
@@ -300,6 +303,7 @@ class Arguments:
         defaults = (
             (teacher, "teacher_learning_rate", task.teacher_learning_rate),
             (teacher, "teacher_epochs", task.teacher_epochs),
+            (teacher, "teacher_runs", task.teacher_runs),
             (student, "learning_rate", task.student_learning_rate),
             (student, "epochs", task.student_epochs),
             (student, "batch_size", task.batch_size),

@@ -33,6 +33,7 @@ class TrainingDefaults:
         teacher_epochs: For fine-tuning the float model.
         student_learning_rate: For the latent weights of the 1-bit student.
         student_epochs: For the distillation.
+        teacher_runs: How many fine-tunings of the float model are averaged.
     """
 
     max_length: int
@@ -41,6 +42,7 @@ class TrainingDefaults:
     teacher_epochs: int
     student_learning_rate: float
     student_epochs: int
+    teacher_runs: int = 1
 
 
 # Small tasks get more epochs of distillation.

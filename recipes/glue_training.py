@@ -196,8 +196,8 @@ def train(trainer: Trainer, folder: Path) -> Trained:
 
 
 def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Deletes the checkpoints in `folder` but `keep`: with the optimizer's state each takes three times a model."""
-    for path in folder.glob(CHECKPOINT):
+    """Deletes the checkpoints below `folder` but `keep`: with the optimizer's state each takes three times a model."""
+    for path in list(folder.rglob(CHECKPOINT)):
         if path != keep:
             shutil.rmtree(path)
 
