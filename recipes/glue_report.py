@@ -63,6 +63,8 @@ def collect(job: Job) -> dict[str, Any]:
         "hardware": hardware(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    if "run_scores" in records["teacher"]:
+        results["teacher_run_scores"] = records["teacher"]["run_scores"]
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
@@ -136,10 +138,19 @@ def _cpu_name() -> str:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Prints the scores and sizes of the three models, and the time each stage took."""
-    print("\n" + summary_table(results))
+    print("\n" + summary(results))
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
     print(f"packed and latent logits differ by at most {results['max_logit_difference']:.2g}")
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table and, where the teacher is an average, the scores of what it is the average of."""
+    table, runs = summary_table(results), results.get("teacher_run_scores")
+    if runs is None:
+        return table
+    scores = (f"{metric} {', '.join(f'{run[metric]:.4f}' for run in runs)}" for metric in runs[0])
+    return f"{table}\n\nThe teacher is the average of {len(runs)} fine-tunings: {'; '.join(scores)}."
 
 
 def summary_table(results: dict[str, Any]) -> str:
@@ -190,7 +201,7 @@ import rebnn_hf  # lets transformers read 1-bit checkpoints
 
 ## Measured
 
-{summary_table(results)}
+{summary(results)}
 
 On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}. The
 packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
