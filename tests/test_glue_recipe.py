@@ -24,21 +24,33 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
+    DataCollatorWithPadding,
     MPNetConfig,
     MPNetModel,
+    TrainingArguments,
+    set_seed,
 )
 
 import rebnn_hf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+import ablation_teacher
 import glue
 from glue_arguments import parse_arguments
-from glue_grammar import demo_dataset
+from glue_grammar import demo_dataset, demo_model_config
 from glue_stages import STAGES, RunFolder, read_json, write_json
 from glue_tasks import get_task
-from glue_training import STATE_FILE, LengthGroupedSampler, log_line, newest_checkpoint
+from glue_training import (
+    STATE_FILE,
+    CompactProgress,
+    FineTuningTrainer,
+    LengthGroupedSampler,
+    log_line,
+    newest_checkpoint,
+)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "glue.py"
@@ -193,9 +205,13 @@ def test_same_command_repeats_nothing(finished, capsys):
 def test_changed_settings_are_refused_by_name(finished):
     before = stamps(finished.folder)
     with pytest.raises(SystemExit) as refusal:
-        rerun(finished.folder, *SMALL, "--balance_rule", "none", "--seed", "7")
+        rerun(finished.folder, *SMALL, "--balance_rule", "none", "--seed", "7", "--teacher_runs", "2")
     message = str(refusal.value)
-    assert "seed: 42 -> 7" in message and "balance_rule: flip_maxgrad -> none" in message
+    assert (
+        "seed: 42 -> 7" in message
+        and "teacher_runs: 1 -> 2" in message
+        and "balance_rule: flip_maxgrad -> none" in message
+    )
     assert "--overwrite" in message and "--output_dir" in message
     assert stamps(finished.folder) == before
 
@@ -297,6 +313,129 @@ def test_two_processes_train_the_same_model(finished, tmp_path):
 def losses_of(folder: Path) -> list[float]:
     """The logged losses of a training."""
     return [log["loss"] for log in read_json(folder / STATE_FILE)["log_history"] if "loss" in log]
+
+
+# ------------------------------------------------------------------------------------------- the average of teachers
+
+FEW = ["--max_train_samples", "128", "--max_eval_samples", "100", "--teacher_epochs", "1", "--logging_steps", "1"]
+FEW += ["--save_steps", "2", "--max_steps", "2"]  # four steps for each teacher, two for the student
+
+
+def teacher(folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """The weights of the teacher that these options make."""
+    ablation_teacher.main(["--output_dir", str(folder), *FEW, *options])
+    return weights(folder / "teacher")
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], within: float = 0) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=within, msg=name)
+
+
+def test_a_single_fine_tuning_is_that_of_the_seed(finished, tmp_path):
+    """The teacher of the demo once more, by the Trainer itself."""
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "teacher")
+    rows = demo_dataset()["train"].select(range(EXAMPLES)).rename_column("label", "labels")
+    set_seed(42)
+    trainer = FineTuningTrainer(
+        model=BertForSequenceClassification(demo_model_config(len(tokenizer))),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=32,
+            num_train_epochs=1,
+            learning_rate=get_task("demo").teacher_learning_rate,
+            warmup_steps=0.06,
+            seed=42,
+            use_cpu=not torch.accelerator.is_available(),
+            report_to="none",
+        ),
+        train_dataset=rows.map(tokenizer, input_columns="sentence1", remove_columns=["sentence1"]),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.train()
+    assert_equal(weights(finished.folder / "teacher"), {k: v.cpu() for k, v in trainer.model.state_dict().items()})
+    assert "teacher_run_scores" not in finished.results and "average" not in finished.output
+
+
+def test_the_average_is_the_mean_of_fine_tunings_with_the_next_seeds(finished, tmp_path):
+    """From a model with a head all seeds start alike, and the members can be made one by one."""
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "teacher")
+    config = demo_model_config(len(tokenizer))
+    config.initializer_range = 0.3  # large weights answer at random, and each member otherwise
+    set_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = ["--model_name_or_path", str(tmp_path / "model")]
+    average = teacher(tmp_path / "average", *model, "--teacher_runs", "3")
+    members = [teacher(tmp_path / str(seed), *model, "--seed", str(seed)) for seed in (42, 43, 44)]
+    assert not torch.equal(members[0]["classifier.weight"], members[1]["classifier.weight"])
+    for name in average:
+        mean = np.mean([member[name].double().numpy() for member in members], axis=0)
+        np.testing.assert_array_equal(average[name].numpy(), mean.astype(np.float32), err_msg=name)
+    scores = [RunFolder(tmp_path / str(seed)).record("teacher")["scores"] for seed in (42, 43, 44)]
+    assert RunFolder(tmp_path / "average").record("teacher")["run_scores"] == scores
+    assert len({score["accuracy"] for score in scores}) > 1
+
+
+def test_fine_tunings_start_from_the_same_head(tmp_path):
+    """Where they learn nothing, their average is what they started from."""
+    nothing = ["--teacher_learning_rate", "1e-30"]
+    average = teacher(tmp_path / "average", *nothing, "--teacher_runs", "2")
+    assert_equal(average, teacher(tmp_path / "single", *nothing), within=1e-20)
+
+
+def test_mean_by_hand():
+    states = [{"w": torch.tensor([x, y]), "n": torch.tensor(n)} for x, y, n in ((1e8, 1, 5), (1, 2, 8), (-1e8, 6, 9))]
+    mean = glue.mean_weights(states)
+    assert torch.equal(mean["w"], torch.tensor([1 / 3, 3])), "in float32 the 1 would be lost beside 1e8"
+    assert mean["n"] == torch.tensor(5), "integers count something: no mean"
+
+
+@pytest.fixture(scope="module")
+def soup(tmp_path_factory) -> SimpleNamespace:
+    """A complete run whose teacher is the average of two fine-tunings."""
+    folder = tmp_path_factory.mktemp("soup") / "run"
+    rerun(folder, *FEW, "--teacher_runs", "2")
+    return SimpleNamespace(folder=folder, results=read_json(folder / "results.json"))
+
+
+def test_an_average_is_reported_with_the_scores_of_its_fine_tunings(soup, capsys):
+    results, folder = soup.results, soup.folder / "teacher"
+    scores = [run["accuracy"] for run in results["teacher_run_scores"]]
+    assert len(scores) == 2 and results["steps"]["teacher"] == 2 * 4
+    rerun(soup.folder, *FEW, "--teacher_runs", "2")
+    sentence = f"The teacher is the average of 2 fine-tunings: accuracy {scores[0]:.4f}, {scores[1]:.4f}."
+    assert sentence in capsys.readouterr().out
+    assert sentence in (soup.folder / "packed" / "README.md").read_text()
+    assert len(list(folder.rglob("*.safetensors"))) == 1, "of the members only the logs stay"
+    assert [len(losses_of(folder / f"run-{number}")) for number in (1, 2)] == [4, 4]
+
+
+def test_interrupted_fine_tunings_continue_to_the_same_average(soup, tmp_path, monkeypatch):
+    """Interrupted in the second one, and again when the average is written but the stage is not complete."""
+    steps = []
+
+    def note(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            steps.append((Path(args.output_dir).name, state.global_step))
+        if steps.count(("run-2", 3)) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompactProgress, "on_log", note)
+    with pytest.raises(KeyboardInterrupt):
+        teacher(tmp_path, "--teacher_runs", "2")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(RunFolder, "complete", lambda *_: 1 / 0)
+        teacher(tmp_path, "--teacher_runs", "2")
+    assert_equal(teacher(tmp_path, "--teacher_runs", "2"), weights(soup.folder / "teacher"))
+    first, second, continued = [("run-1", n) for n in (1, 2, 3, 4)], [("run-2", n) for n in (1, 2, 3)], [("run-2", 4)]
+    assert steps == [*first, *second, *second[-1:], *continued], "the last command trains nothing"
+    record, expected = (RunFolder(folder).record("teacher") for folder in (tmp_path, soup.folder))
+    assert [record[key] for key in ("steps", "run_scores", "scores")] == [
+        expected[key] for key in ("steps", "run_scores", "scores")
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- data and mistakes
@@ -452,6 +591,7 @@ def test_teacher_for_other_labels_is_refused(finished):
         (["--learning", "1"], "unrecognized"),
         (["--temperature", "0"], "--temperature 0.0 must be greater than 0"),
         (["--teacher_epochs", "-1"], "--teacher_epochs -1.0 must be greater than 0"),
+        (["--teacher_runs", "0"], "--teacher_runs 0 must be greater than 0"),
         (["--save_steps", "0"], "--save_steps 0 must be greater than 0"),
         (["--hidden_weight", "-1"], "--hidden_weight -1.0 must not be negative"),
         (["--warm_up", "1"], "is a share of the steps"),
