@@ -104,8 +104,7 @@ def fine_tune_teacher(job: Job) -> dict[str, Any]:
     teacher, loading = job.load(job.teacher_folder, output_loading_info=True)
     check_head(loading["missing_keys"], job.task)
     check_labels(teacher, job.task)
-    record["scores"] = job.score(job.validate(teacher))
-    return record
+    return record | {"scores": job.score(job.validate(teacher)), "scoring": job.arguments.data.scoring()}
 
 
 def fine_tune(job: Job, number: int) -> Trained:
@@ -265,11 +264,18 @@ def pack_student(job: Job) -> dict[str, Any]:
     job.submit(packed, packed_logits)
     summary = rebnn_hf.summary(packed)
     return {
-        "scores": {"latent": job.score(latent_logits), "packed": job.score(packed_logits)},
+        "scores": {**teacher_scores(job), "latent": job.score(latent_logits), "packed": job.score(packed_logits)},
         "max_logit_difference": largest_difference(latent_logits, packed_logits),
         "size": summary.totals,
         "layers": str(summary),
     }
+
+
+def teacher_scores(job: Job) -> dict[str, dict[str, float]]:
+    """New scores of the teacher where its own stage scored it by other options; nothing where those are good."""
+    if job.run.record("teacher").get("scoring", {}) == job.arguments.data.scoring():
+        return {}
+    return {"teacher": job.score(job.validate(job.load(job.teacher_folder)))}
 
 
 def largest_difference(latent: Logits, packed: Logits) -> float:

@@ -57,8 +57,12 @@ class DataArguments:
         self.max_length = task.max_length if self.max_length is None else self.max_length
 
     def settings(self) -> dict[str, Any]:
-        """The options that shape the result; where the data lie does not."""
+        """The options that shape the models; where the data lie does not."""
         return {"task": self.task, "max_length": self.max_length}
+
+    def scoring(self) -> dict[str, Any]:
+        """The options that shape the scores of the same models."""
+        return {}
 
 
 @dataclass
@@ -361,7 +365,7 @@ class Arguments:
                 stage.name: self.student_settings(stage.name) | self.augmentation.settings()
                 for stage in self.distillations()
             },
-            "packed": {"packed_dtype": self.run.packed_dtype},
+            "packed": {"packed_dtype": self.run.packed_dtype, **self.data.scoring()},
         }
 
     def packed_dtype(self) -> torch.dtype:

@@ -63,7 +63,8 @@ def collect(job: Job) -> dict[str, Any]:
         "hardware": hardware(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    if "run_scores" in records["teacher"]:
+    rescored = "teacher" in records["packed"]["scores"]  # by other options than its runs, whose weights are gone
+    if "run_scores" in records["teacher"] and not rescored:
         results["teacher_run_scores"] = records["teacher"]["run_scores"]
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}

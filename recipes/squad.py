@@ -76,8 +76,12 @@ class SquadDataArguments:
         self.max_length = task.max_length if self.max_length is None else self.max_length
 
     def settings(self) -> dict[str, Any]:
-        """The options that shape the result; where the data lie does not."""
-        return {name: getattr(self, name) for name in ("max_length", "stride", "max_answer_length")}
+        """The options that shape the models; where the data lie does not."""
+        return {"max_length": self.max_length, "stride": self.stride}
+
+    def scoring(self) -> dict[str, Any]:
+        """The options that shape the scores of the same models."""
+        return {"max_answer_length": self.max_answer_length}
 
 
 class SquadJob(Job):

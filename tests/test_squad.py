@@ -339,7 +339,7 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def answer(folder: Path, question: str, context: str) -> str:
+def answer(folder: Path, question: str, context: str, longest: int = MAX_ANSWER) -> str:
     """The answer of a saved model, span by span and without any code of the recipe."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForQuestionAnswering.from_pretrained(folder)
     windows = tokenizer(
@@ -354,7 +354,7 @@ def answer(folder: Path, question: str, context: str) -> str:
     for window, pairs in enumerate(offsets):
         inside = [i for i, part in enumerate(windows.sequence_ids(window)) if part == 1]
         for first in inside:
-            for last in (i for i in inside if first <= i < first + MAX_ANSWER):
+            for last in (i for i in inside if first <= i < first + longest):
                 value = float(outputs.start_logits[window, first] + outputs.end_logits[window, last])
                 if value > best[0]:
                     best = (value, context[pairs[first][0] : pairs[last][1]])
@@ -456,6 +456,33 @@ def test_overwrite_redoes_only_the_stages_concerned(finished, copied):
     results = read_json(copied / "results.json")
     assert results["bytes"]["packed"] < 0.6 * finished.results["bytes"]["packed"]
     assert 0 < results["max_logit_difference"] < 0.05
+
+
+def test_the_longest_answer_may_change_without_training_again(finished, copied, rows):
+    """It shapes only how models are scored, but that of all of them."""
+    before = stamps(copied)
+    rerun(copied, finished, "--max_answer_length", "1", "--overwrite")
+    after = stamps(copied)
+    assert all(after[name] == before[name] for name in before if name.startswith(("teacher/", "latent/")))
+    scores = read_json(copied / "results.json")["scores"]
+    questions = list(zip(rows["question"], rows["context"], rows["answers"], strict=True))
+    for stage in STAGES:
+        pairs = [(answer(copied / stage, question, context, 1), answers) for question, context, answers in questions]
+        exact, f1 = np.mean([score(text, *answers["text"]) for text, answers in pairs], axis=0)
+        assert scores[stage] == pytest.approx({"exact_match": exact, "f1": f1})
+    assert scores["teacher"]["f1"] < finished.results["scores"]["teacher"]["f1"], "longer answers are cut"
+
+
+def test_an_average_of_teachers_and_the_scores_of_its_fine_tunings(finished, tmp_path):
+    options = ["--teacher_runs", "2", "--teacher_epochs", "2", "--max_steps", "1"]
+    rerun(tmp_path, finished, *options)
+    results = read_json(tmp_path / "results.json")
+    assert [set(run) for run in results["teacher_run_scores"]] == [{"exact_match", "f1"}] * 2
+    logs = [read_json(tmp_path / "teacher" / run / "trainer_state.json") for run in ("run-1", "run-2")]
+    assert results["steps"]["teacher"] == sum(log["global_step"] for log in logs) > 0
+    rerun(tmp_path, finished, *options, "--max_answer_length", "1", "--overwrite")
+    results = read_json(tmp_path / "results.json")
+    assert "teacher_run_scores" not in results, "those with longer answers do not compare"
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes
