@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,6 +38,94 @@ LAYOUTS = {
     "distilbert": _DISTILBERT,
 }
 """Layout of the blocks by `model_type`: 1-bit attention and other feed-forward functions work on these."""
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The modules of one block of a post-LayerNorm encoder."""
+
+    attention: nn.Module
+    heads: int
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    output_norm: nn.Module
+    inner: nn.Module
+    activation: nn.Module
+    outer: nn.Module
+    outer_norm: nn.Module
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """Where the parts of an encoder are: for what computes a whole block by itself.
+
+    Attributes:
+        encoder: name of the module in the base model whose `layer` holds the blocks.
+        attention, query, key, value, output, output_norm: names in a block: the attention and its projections.
+        inner, activation, outer, outer_norm: the feed-forward block.
+        heads: name of the number of heads in the attention module.
+    """
+
+    encoder: str
+    attention: str
+    query: str
+    key: str
+    value: str
+    output: str
+    output_norm: str
+    inner: str
+    activation: str
+    outer: str
+    outer_norm: str
+    heads: str
+
+    def of(self, block: nn.Module) -> BlockParts:
+        """The modules of a block."""
+        names = {field.name for field in fields(BlockParts)} - {"heads"}
+        modules = {name: block.get_submodule(getattr(self, name)) for name in names}
+        return BlockParts(heads=getattr(modules["attention"], self.heads), **modules)
+
+
+_BERT_ENCODER = EncoderLayout(
+    encoder="encoder",
+    attention="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    output_norm="attention.output.LayerNorm",
+    inner="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    outer="output.dense",
+    outer_norm="output.LayerNorm",
+    heads="num_attention_heads",
+)
+
+ENCODERS = {name: _BERT_ENCODER for name, layout in LAYOUTS.items() if layout is _BERT} | {
+    "distilbert": EncoderLayout(
+        encoder="transformer",
+        attention="attention",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+        output_norm="sa_layer_norm",
+        inner="ffn.lin1",
+        activation="ffn.activation",
+        outer="ffn.lin2",
+        outer_norm="output_layer_norm",
+        heads="n_heads",
+    )
+}
+"""Layout of the encoders by `model_type`: the fused encoder works on these."""
+
+
+def encoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """The module that holds the blocks, None where `ENCODERS` does not know the architecture."""
+    layout = ENCODERS.get(model.config.model_type)
+    return None if layout is None else model.base_model.get_submodule(layout.encoder)
 
 
 def layout_of(model: PreTrainedModel) -> BlockLayout | None:

@@ -21,6 +21,7 @@ from .activations import (
     token_int8,
 )
 from .functional import Ties
+from .kernels import Codes
 
 
 def binarizer_of(rule: ActivationRule, features: int, signed: bool = True) -> nn.Module | None:
@@ -121,13 +122,9 @@ class Elastic(nn.Module):
         Raises:
             RuntimeError: the scale was never found from data.
         """
-        if not self.calibrated:
-            raise RuntimeError(
-                "an elastic activation has no scale yet: train with ReBNNTrainer, or call "
-                "rebnn_hf.calibrate(model, batch) with a batch of real inputs before the first forward pass."
-            )
+        self.require_calibration()
         x = self._shifted(x)
-        scale = lsq_gradient(self._scale(), x.numel(), max(self.high, 1))
+        scale = lsq_gradient(self.positive_scale(), x.numel(), max(self.high, 1))
         if self.signed and self.bits == 1:
             return elastic_sign(x, scale, self.ties), scale
         return elastic_levels(x, scale, self.low, self.high, self.ties), scale
@@ -147,8 +144,20 @@ class Elastic(nn.Module):
     def _shifted(self, x: Tensor) -> Tensor:
         return x if self.shift is None else x + self.shift
 
-    def _scale(self) -> Tensor:
-        """Positive whatever the optimizer does."""
+    def require_calibration(self) -> None:
+        """Refuse to run without a scale.
+
+        Raises:
+            RuntimeError: the scale was never found from data.
+        """
+        if not self.calibrated:
+            raise RuntimeError(
+                "an elastic activation has no scale yet: train with ReBNNTrainer, or call "
+                "rebnn_hf.calibrate(model, batch) with a batch of real inputs before the first forward pass."
+            )
+
+    def positive_scale(self) -> Tensor:
+        """The scale in force [1], positive whatever the optimizer does."""
         return self.scale.abs().clamp_min(ACTIVATION_SCALE_FLOOR)
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -230,6 +239,26 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
             "pass what the whole model needs to run."
         )
     return len(waiting)
+
+
+def engine_codes(binarizer: nn.Module | None) -> Codes | None:
+    """What the 1-bit engine has to know to compute a binarizer's codes; None if it cannot.
+
+    Raises:
+        RuntimeError: an elastic activation whose scale was never found from data.
+    """
+    if binarizer is None:
+        return Codes()
+    if getattr(binarizer, "ties", "up") != "up":
+        return None
+    if isinstance(binarizer, Elastic):
+        binarizer.require_calibration()
+        kind = "sign" if binarizer.signed and binarizer.bits == 1 else "levels"
+        low = 0 if kind == "sign" else binarizer.low
+        return Codes(kind, binarizer.bits, low, binarizer.positive_scale(), binarizer.shift)
+    if isinstance(binarizer, ShiftedSign | ClippedSign):
+        return Codes("sign", 1, shift=getattr(binarizer, "shift", None))
+    return Codes("token", 8) if isinstance(binarizer, TokenInt8) else None
 
 
 def fits_int8(binarizer: nn.Module | None) -> bool:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .activations import integer_product
-from .binarizers import codes_of, fits_int8
+from .binarizers import codes_of, engine_codes, fits_int8
 from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, is_positive, mean_abs_scale
 from .packing import pack_signs, packed_width, unpack_signs
 
@@ -197,14 +198,15 @@ class PackedLinear(_Packed, nn.Linear):
     """Linear layer with one bit per weight: `y = scale * (x b^T) + bias`.
 
     Shapes: `weight` uint8 [O, ceil(M / 8)] (see `packing`), `weight_scale` [O], `bias` [O]; input [..., M], output
-    [..., O]. With an `input_binarizer`, x are its codes, and y takes their scale too. The reference product unpacks the
-    signs of this one layer for the time of the call.
+    [..., O]. With an `input_binarizer`, x are its codes, and y takes their scale too. On a CPU the engine computes it
+    (see `kernels`); the reference product unpacks the signs of this one layer for the time of the call.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device="meta")
         self.register_module("input_binarizer", None)
         self._init_bits(out_features, in_features, device, dtype)
+        self._layout, self._layout_of = None, None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
 
@@ -221,6 +223,28 @@ class PackedLinear(_Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""
+        codes = engine_codes(self.input_binarizer) if kernels.serves(x) else None
+        if codes is None:
+            return self.reference(x)
+        layout = None if codes.kind == "float" else self.layout(codes.layout)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and (x.requires_grad or parameters):
+            return _EngineProduct.apply(self, codes, layout, x, *parameters)
+        return kernels.linear(x, self.weight, layout, self.weight_scale, self.bias, codes)
+
+    def layout(self, kind: int) -> Tensor | None:
+        """The bits in the order of the kernels: made when they are first needed, never saved, and made anew for other
+        bits. None while a compiler traces, where they are made in each call unless the layer ran before."""
+        if torch.compiler.is_compiling():
+            return self._layout
+        version = 0 if self.weight.is_inference() else self.weight._version
+        made_of = (kind, self.weight.data_ptr(), version)
+        if self._layout_of != made_of:
+            self._layout, self._layout_of = kernels.cpu.layout(self.weight, self.in_features, kind), made_of
+        return self._layout
+
+    def reference(self, x: Tensor) -> Tensor:
+        """What `forward` computes, in floats and with gradients."""
         dtype = _compute_dtype(x, self.weight_scale)
         codes, input_scale = codes_of(x, self.input_binarizer, dtype)
         signs = unpack_signs(self.weight, self.in_features, dtype)
@@ -256,12 +280,34 @@ class PackedEmbedding(_Packed, nn.Embedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         """`scale_i * b_i` for each index i: [...] -> [..., M]; only the looked-up rows are unpacked."""
+        if kernels.serves(self.weight_scale):
+            return kernels.embedding(indices, self.weight, self.weight_scale, self.embedding_dim)
         scale = F.embedding(indices, self.weight_scale.unsqueeze(-1))
         return unpack_signs(F.embedding(indices, self.weight), self.embedding_dim, scale.dtype) * scale
 
     def to_float(self) -> nn.Embedding:
         """Plain `nn.Embedding` with weight `scale * b`."""
         return _float_embedding(self)
+
+
+class _EngineProduct(torch.autograd.Function):
+    """A packed layer by the engine; the backward pass is that of the reference, computed again."""
+
+    @staticmethod
+    def forward(ctx, layer, codes, layout, x, *parameters):
+        ctx.layer = layer
+        ctx.save_for_backward(x, *parameters)
+        return kernels.linear(x, layer.weight, layout, layer.weight_scale, layer.bias, codes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(ctx.needs_input_grad[3])
+            y = ctx.layer.reference(x)
+        wanted = [x] * x.requires_grad + parameters
+        grads = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        return None, None, None, grads.pop(0) if x.requires_grad else None, *grads
 
 
 LATENT_OF = {nn.Linear: BinaryLinear, nn.Embedding: BinaryEmbedding}

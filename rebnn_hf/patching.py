@@ -14,6 +14,7 @@ from .architecture import blocks, layout_of
 from .binarizers import Elastic
 from .config import ReBNNConfig
 from .functional import WeightRule
+from .fusion import fuse
 from .insertion import add_activations, replace_module
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
 from .targets import check_architecture, check_targets, names_to_load, record, select, tied_weights
@@ -96,6 +97,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     if dtype is not None:
         _cast_float(model, dtype)
     config.state = "packed"
+    fuse(model)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..binarizers import PARAMETRIC, Elastic
+from ..fusion import fuse
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
 from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
@@ -77,6 +78,8 @@ class ReBNNQuantizer(HfQuantizer):
                 module.check_calibration()
         if not self.pre_quantized:
             untie_binary_embeddings(model)
+        elif self.quantization_config.state == "packed":
+            fuse(model)
         return model
 
     def _dequantize(self, model, dtype=None):

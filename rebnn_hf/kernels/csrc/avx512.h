@@ -150,6 +150,49 @@ static void overlaps(const uint64_t *a, const uint64_t *b, int64_t words, int64_
     }
 }
 
+#define HAS_REACHED
+static void reached(const int32_t *counts, int64_t n, int32_t total, const int32_t *limits, uint16_t *bits)
+{
+    for (int64_t i = 0; i < n; i += 16) {
+        __m512i twice = _mm512_slli_epi32(_mm512_loadu_si512(counts + i), 1);
+        __m512i value = _mm512_sub_epi32(twice, _mm512_set1_epi32(total));
+        bits[i / 16] = (uint16_t)_mm512_cmpge_epi32_mask(value, _mm512_loadu_si512(limits + i));
+    }
+}
+
+#define HAS_FINISH
+static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
+                          int64_t outputs, const epilogue *e)
+{
+    int64_t n = block * BLOCK;
+    __m512i set = _mm512_loadu_si512(ones + n);
+    __m512i base = _mm512_add_epi32(_mm512_set1_epi32(e->constant), _mm512_mullo_epi32(_mm512_set1_epi32(e->per_one), set));
+    /* factor is -2, -1 or 1: a shift, and a subtraction or an addition of what was made negative */
+    const __m128i doubled = _mm_cvtsi32_si128(e->factor == -2);
+    const __m512i sign = _mm512_set1_epi32(e->factor < 0 ? -1 : 0);
+#define DOT_OF(r)                                                                                                     \
+    _mm512_add_epi32(base, _mm512_sub_epi32(_mm512_xor_si512(_mm512_sll_epi32(_mm512_load_si512(counts[r]), doubled), sign), sign))
+    if (!e->y) {
+        __m512i high = _mm512_loadu_si512(e->high + n), low = _mm512_loadu_si512(e->low + n);
+        uint16_t *bits = e->bits + e->block_offset[block] + m * e->bits_stride;
+        for (int64_t r = 0; r < rows; r++, bits += e->bits_stride) {
+            __m512i dot = DOT_OF(r);
+            *bits = (uint16_t)(_mm512_cmpge_epi32_mask(dot, high) | _mm512_cmple_epi32_mask(dot, low));
+        }
+        return;
+    }
+    __mmask16 some = outputs - n >= BLOCK ? 0xffff : (__mmask16)((1u << (outputs - n)) - 1);
+    __m512 scale = _mm512_maskz_loadu_ps(some, e->scale + n), factor = _mm512_mul_ps(scale, _mm512_set1_ps(e->input_scale));
+    __m512 bias = e->bias ? _mm512_maskz_loadu_ps(some, e->bias + n) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < rows; r++) {
+        if (e->row_scale)
+            factor = _mm512_mul_ps(scale, _mm512_set1_ps(e->row_scale[m + r]));
+        __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(DOT_OF(r)), factor), bias);
+        _mm512_mask_storeu_ps(e->y + (m + r) * e->y_stride + n, some, y);
+    }
+#undef DOT_OF
+}
+
 /* Four codes of each of 16 outputs: bits become bytes +1 and -1, once for all rows. */
 static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, const uint8_t *codes, int64_t quads,
                                                                const uint64_t *block, int32_t (*counts)[BLOCK])

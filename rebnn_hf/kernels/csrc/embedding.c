@@ -1,4 +1,6 @@
 /* Rows of a table of signs. */
+#include <string.h>
+
 #include "isa.h"
 #include "parallel.h"
 
@@ -20,7 +22,16 @@ static void embedding_task(void *argument, int thread)
     for (int64_t i = c->count * thread / c->threads; i < c->count * (thread + 1) / c->threads; i++) {
         const uint8_t *row = c->bits + c->index[i] * bytes;
         float scale = c->scale[c->index[i]], *y = c->y + i * c->width;
-        for (int64_t j = 0; j < c->width; j++)
+        uint32_t number, minus = 0x80000000u;
+        memcpy(&number, &scale, 4);
+        int64_t j = 0;
+        for (; j + 8 <= c->width; j += 8) {
+            uint32_t byte = row[j / 8], values[8];
+            for (int k = 0; k < 8; k++)
+                values[k] = number ^ (~byte << (31 - k) & minus);
+            memcpy(y + j, values, sizeof values);
+        }
+        for (; j < c->width; j++)
             y[j] = row[j / 8] >> (j % 8) & 1 ? scale : -scale;
     }
 }

@@ -56,6 +56,8 @@ struct rebnn_isa {
     int64_t (*at_most)(const uint8_t *index, int64_t count, int32_t limit, uint64_t *bits);
     /* counts[i] = set bits of a [words] & b[:, i], b [words][n], n a multiple of 16. */
     void (*overlaps)(const uint64_t *a, const uint64_t *b, int64_t words, int64_t n, int32_t *counts);
+    /* bit i = 2 * counts[i] - total >= limits[i], n a multiple of 16, 16 bits at a time. */
+    void (*reached)(const int32_t *counts, int64_t n, int32_t total, const int32_t *limits, uint16_t *bits);
 };
 
 extern const rebnn_isa rebnn_portable;

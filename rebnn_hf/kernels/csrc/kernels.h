@@ -87,6 +87,7 @@ static void layer_norm(const float *x, int64_t n, const float *weight, const flo
 }
 #endif
 
+#ifndef HAS_FINISH
 /* The epilogue of a tile: counts [rows][BLOCK] of rows m..m+rows-1 with the block of outputs. */
 static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
                           int64_t outputs, const epilogue *e)
@@ -127,6 +128,8 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
             memcpy(row, y, (size_t)width * sizeof(float));
     }
 }
+
+#endif
 
 /* Planes of a row: count = sum of 2^plane mismatches. `counts` holds rows * planes rows and keeps the first `rows`. */
 static inline void combine_planes(int32_t (*counts)[BLOCK], int64_t rows, int planes)
@@ -256,11 +259,23 @@ static void overlaps(const uint64_t *a, const uint64_t *b, int64_t words, int64_
 }
 #endif
 
+#ifndef HAS_REACHED
+static void reached(const int32_t *counts, int64_t n, int32_t total, const int32_t *limits, uint16_t *bits)
+{
+    for (int64_t start = 0; start < n; start += 16) {
+        uint32_t word = 0;
+        for (int64_t i = 0; i < 16; i++)
+            word |= (uint32_t)(2 * counts[start + i] - total >= limits[start + i]) << i;
+        bits[start / 16] = (uint16_t)word;
+    }
+}
+#endif
+
 #define REBNN_TABLE(title, check)                                                                                     \
     {                                                                                                                 \
         .name = title, .runs = check, .pack = pack, .levels = levels, .token = token, .layer_norm = layer_norm,       \
         .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum, .at_most = at_most,         \
-        .overlaps = overlaps,                                                                                         \
+        .overlaps = overlaps, .reached = reached,                                                                     \
     }
 
 #endif

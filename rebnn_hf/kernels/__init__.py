@@ -1,0 +1,238 @@
+"""The 1-bit engine: torch operators, the choice of backend, and which one computes what.
+
+Backends: `reference`, torch in floats, on every device; `cpu`, the C library of `csrc` (see `docs/engine.md`); `auto`,
+`cpu` where it can be used, else `reference`. Chosen by the environment variable `REBNN_BACKEND`, or by `set_backend`.
+Both give the same integers; floats may differ by rounding.
+
+Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.export` trace them:
+
+- `linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift)`: codes of x times signs.
+- `embedding(indices, bits, weight_scale, width)`: rows of a 1-bit table.
+- `encoder(hidden, mask, image)`: a stack of fully binary BERT layers, see `fusion`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import cpu
+
+BACKENDS = ("auto", "reference", "cpu")
+ENVIRONMENT = "REBNN_BACKEND"
+
+_library = torch.library.Library("rebnn", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor bits, Tensor? layout, Tensor weight_scale, Tensor? bias, str codes, int width, int low, "
+    "Tensor? input_scale, Tensor? shift) -> Tensor"
+)
+_library.define("embedding(Tensor indices, Tensor bits, Tensor weight_scale, int width) -> Tensor")
+_library.define("encoder(Tensor hidden, Tensor? mask, Tensor image) -> Tensor")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How the inputs of a linear layer become integers, as the engine knows it (`rebnn.h`).
+
+    Args:
+        kind: `float`, they do not; `sign`, -1 and +1 of x + shift; `levels`, clip(floor((x + shift) / scale + 1/2)) to
+            2^width integers from `low` on; `token`, int8 with a scale found for each token.
+        width: bits of a code.
+        low: the lowest of `levels`.
+        scale: a [1], multiplies the result; None for 1.
+        shift: [M], or None.
+    """
+
+    kind: str = "float"
+    width: int = 32
+    low: int = 0
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def layout(self) -> int:
+        """Number of the kernel layout that products with these codes read; see `rebnn_layout` in rebnn.h."""
+        return cpu.QUADS if self.width == 8 else cpu.WORDS
+
+
+# Which backend
+
+
+_chosen: str | None = None
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is not a backend; expected one of {', '.join(BACKENDS)}.")
+    if name == "cpu" and not cpu.available():
+        raise RuntimeError(f"{source}='cpu' asks for the C library, which is not there: {cpu.why_not()}")
+    return name
+
+
+def backend() -> str:
+    """The backend in force, `reference` or `cpu`; `cpu` serves tensors on the CPU only.
+
+    Raises:
+        ValueError: `REBNN_BACKEND` is none of `BACKENDS`.
+        RuntimeError: `cpu` was asked for and is not available.
+    """
+    name = _chosen or _check(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    if name == "auto":
+        return "cpu" if cpu.available() else "reference"
+    return name
+
+
+def set_backend(name: str | None) -> None:
+    """Choose the backend for this process; None: what `REBNN_BACKEND` says, or `auto`.
+
+    Raises:
+        ValueError: not one of `BACKENDS`.
+        RuntimeError: `cpu` is not available.
+    """
+    global _chosen
+    _chosen = None if name is None else _check(name, "backend")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`set_backend` for the time of a `with` block."""
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the C library computes with this input: on the CPU, in at most 32 bits, and without autocast."""
+    on_cpu = x.device.type == "cpu" and x.dtype != torch.float64 and not torch.is_autocast_enabled("cpu")
+    return on_cpu and backend() == "cpu"
+
+
+# Operators
+
+
+def linear(
+    x: Tensor, bits: Tensor, layout: Tensor | None, weight_scale: Tensor, bias: Tensor | None, codes: Codes
+) -> Tensor:
+    """`(c b^T) * (weight_scale * input scale) + bias` by the C library, for inputs that `serves` accepts.
+
+    Args:
+        x: [..., M], floating point.
+        bits: b in the bit format, uint8 [O, ceil(M / 8)].
+        layout: b as `cpu.layout(bits, M, codes.layout)` gives it; None: made for this call (unused by `float`).
+        weight_scale: [O].
+        bias: [O] or None.
+        codes: how x becomes c.
+
+    Returns:
+        [..., O] in the type of x; computed in float32, and for `float` in blocks of rows, so that no float copy of
+        all weights ever exists.
+    """
+    return torch.ops.rebnn.linear(
+        x, bits, layout, weight_scale, bias, codes.kind, codes.width, codes.low, codes.scale, codes.shift
+    )
+
+
+def embedding(indices: Tensor, bits: Tensor, weight_scale: Tensor, width: int) -> Tensor:
+    """`weight_scale_i * b_i` for each index i by the C library: [...] -> [..., width]."""
+    return torch.ops.rebnn.embedding(indices, bits, weight_scale, width)
+
+
+def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> Tensor:
+    """A stack of fully binary BERT layers by the C library.
+
+    Args:
+        hidden: [B, S, D].
+        mask: None, or what transformers adds to scores, [B, 1, S, S] or [B, 1, 1, S]: 0 for keys that count, for all
+            queries of a sequence the same.
+        image: see `image.py`.
+
+    Returns:
+        [B, S, D], zero at padded positions.
+    """
+    return torch.ops.rebnn.encoder(hidden, mask, image)
+
+
+FLOAT_ROWS = 256
+"""Rows of signs that are unpacked at a time for products with float inputs."""
+
+
+def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift):
+    inputs = x.shape[-1]
+    rows = x.detach().reshape(-1, inputs).float().contiguous()
+    weight_scale = weight_scale.detach().float().contiguous()
+    bias = None if bias is None else bias.detach().float().contiguous()
+    if codes == "float":
+        y = _float_product(rows, bits) * weight_scale
+        y = y if bias is None else y.add_(bias)
+    else:
+        kind = Codes(codes, width).layout
+        layout = cpu.layout(bits, inputs, kind) if layout is None else layout
+        scale = 1.0 if input_scale is None else float(input_scale)
+        shift = None if shift is None else shift.detach().float().contiguous()
+        y = cpu.linear(rows, layout, weight_scale, bias, codes, width, low, scale, shift)
+    return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
+
+
+def _float_product(x: Tensor, bits: Tensor) -> Tensor:
+    """x b^T [N, O] without a float copy of all of b."""
+    product = x.new_empty(len(x), len(bits))
+    ones = x.new_ones(FLOAT_ROWS)
+    for start in range(0, len(bits), FLOAT_ROWS):
+        block = bits[start : start + FLOAT_ROWS]
+        signs = cpu.embedding(torch.arange(len(block)), block, ones[: len(block)], x.shape[-1])
+        product[:, start : start + len(block)] = F.linear(x, signs)
+    return product
+
+
+def _embedding(indices, bits, weight_scale, width):
+    scale = weight_scale.detach().float().contiguous()
+    rows = cpu.embedding(indices.reshape(-1).long().contiguous(), bits.contiguous(), scale, width)
+    return rows.view(*indices.shape, width).to(weight_scale.dtype)
+
+
+def _encoder(hidden, mask, image):
+    result = hidden.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    cpu.encoder(result, None if mask is None else padding_mask(mask, hidden.shape[1]), image)
+    return result.to(hidden.dtype)
+
+
+def padding_mask(mask: Tensor, length: int) -> Tensor:
+    """Which positions count, bool [B, S], from a mask of scores [B, 1, ..., S].
+
+    Raises:
+        ValueError: the mask depends on the query.
+    """
+    if mask.shape[1] != 1 or mask.shape[-1] != length or not (mask == mask[:, :, :1]).all():
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} says more than which tokens are padding; the fused encoder reads "
+            "padding only. Use rebnn_hf.fuse(model, False) for other masks."
+        )
+    return mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
+
+
+for _name, _function in (("linear", _linear), ("embedding", _embedding), ("encoder", _encoder)):
+    _library.impl(_name, _function, "CPU")
+
+
+@torch.library.register_fake("rebnn::linear")
+def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift):
+    return x.new_empty(*x.shape[:-1], bits.shape[0])
+
+
+@torch.library.register_fake("rebnn::embedding")
+def _(indices, bits, weight_scale, width):
+    return weight_scale.new_empty(*indices.shape, width)
+
+
+@torch.library.register_fake("rebnn::encoder")
+def _(hidden, mask, image):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)

@@ -1,0 +1,268 @@
+"""The C library of `csrc`, through ctypes: finds it, checks what Python gives it, and lets go of the GIL.
+
+Every function takes contiguous CPU tensors; shapes and types that do not fit are a ValueError, never a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+WORDS, QUADS = 0, 1  # rebnn_layout
+CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
+HEADER_BYTES = 128  # of an encoder's image
+ISA_ENVIRONMENT = "REBNN_ISA"
+_NAME = "librebnn.dylib" if sys.platform == "darwin" else "librebnn.so"
+_STATUS = {1: "an argument is out of range", 2: "not enough memory"}
+
+
+class _Input(ctypes.Structure):
+    """rebnn_input."""
+
+    _fields_ = (
+        ("codes", c_int32),
+        ("bits", c_int32),
+        ("low", c_int32),
+        ("scale", c_float),
+        ("shift", c_void_p),
+    )
+
+
+_SIGNATURES = {
+    "rebnn_abi_version": (c_int,),
+    "rebnn_isa_name": (c_char_p, c_int),
+    "rebnn_isa_runs": (c_int, c_char_p),
+    "rebnn_isa_find": (c_void_p, c_char_p),
+    "rebnn_layout_size": (c_int64, c_int, c_int64, c_int64),
+    "rebnn_layout_fill": (c_int, c_int, c_int64, c_int64, c_void_p, c_void_p),
+    "rebnn_encode": (c_int, c_void_p, c_int64, c_int64, c_void_p, POINTER(_Input), c_void_p, c_void_p),
+    "rebnn_linear": (
+        *(c_int, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, POINTER(_Input)),
+        *(c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "rebnn_embedding": (c_int, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    "rebnn_encoder": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
+}
+"""Result and arguments of the functions in rebnn.h."""
+
+
+# The library
+
+
+def _path() -> Path | None:
+    from . import __path__ as folders  # two folders where an editable install keeps what was built elsewhere
+
+    return next((path for folder in folders if (path := Path(folder) / _NAME).exists()), None)
+
+
+@lru_cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or in words why there is none."""
+    path = _path()
+    if path is None:
+        return (
+            f"{_NAME} was not built, because the package was installed without a C compiler; install one and reinstall."
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} cannot be loaded: {error}"
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(library, name, None)
+        if function is None:
+            return f"{path} is from another version of rebnn_hf: it has no {name}; reinstall."
+        function.restype, function.argtypes = result, arguments
+    if library.rebnn_abi_version() != ABI_VERSION:
+        return f"{path} is from another version of rebnn_hf (ABI {library.rebnn_abi_version()}); reinstall."
+    return library
+
+
+def available() -> bool:
+    """Whether the library is there."""
+    return not isinstance(_load(), str)
+
+
+def why_not() -> str:
+    """Why the library is not there; empty if it is."""
+    library = _load()
+    return library if isinstance(library, str) else ""
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the 1-bit engine is not available: {library}")
+    return library
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Names of the instruction sets compiled in, best first, and whether this CPU runs them."""
+    library, names = _library(), []
+    while (name := library.rebnn_isa_name(len(names))) is not None:
+        names.append(name)
+    return {name.decode(): bool(library.rebnn_isa_runs(name)) for name in names}
+
+
+@lru_cache
+def _isa(name: str | None) -> int:
+    pointer = _library().rebnn_isa_find(None if name is None else name.encode())
+    if pointer is None:
+        known = ", ".join(f"{n}{'' if runs else ' (not on this CPU)'}" for n, runs in instruction_sets().items())
+        raise RuntimeError(f"{ISA_ENVIRONMENT}={name!r} cannot be used; this build has {known}.")
+    return pointer
+
+
+def isa() -> int:
+    """The kernels that `REBNN_ISA` names, by default the best of this CPU, as the library's pointer.
+
+    Raises:
+        RuntimeError: there are none of that name, or this CPU does not run them.
+    """
+    return _isa(os.environ.get(ISA_ENVIRONMENT) or None)
+
+
+def isa_name() -> str:
+    """The name of the instruction set in use."""
+    chosen = os.environ.get(ISA_ENVIRONMENT)
+    isa()
+    return chosen or next(name for name, runs in instruction_sets().items() if runs)
+
+
+def _done(status: int, function: str) -> None:
+    if status == 2:
+        raise MemoryError(f"{function}: not enough memory")
+    if status:
+        raise ValueError(f"{function}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    if tensor is None:
+        return
+    fits = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == dtype
+    if not fits or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must be a contiguous {dtype} tensor of shape {shape} on the CPU, got {tensor.dtype} "
+            f"{tuple(tensor.shape)} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}."
+        )
+
+
+# What it computes
+
+
+def layout(bits: Tensor, inputs: int, kind: int) -> Tensor:
+    """Signs in the order the kernels read them (`rebnn_layout_fill`), for products with M = `inputs`.
+
+    Args:
+        bits: uint8 [O, ceil(M / 8)], the bit format.
+        inputs: M.
+        kind: WORDS or QUADS.
+
+    Returns:
+        uint8 [bytes].
+    """
+    bits = bits.contiguous()
+    _expect("bits", bits, torch.uint8, len(bits), (inputs + 7) // 8)
+    size = _library().rebnn_layout_size(kind, len(bits), inputs)
+    if size < 0:
+        raise ValueError(f"no layout {kind} of {len(bits)} outputs and {inputs} inputs: out of range.")
+    result = torch.empty(size, dtype=torch.uint8)
+    _done(_library().rebnn_layout_fill(kind, len(bits), inputs, _pointer(bits), _pointer(result)), "rebnn_layout_fill")
+    return result
+
+
+def _input(codes: str, width: int, low: int, scale: float, shift: Tensor | None, inputs: int) -> _Input:
+    if codes not in CODES:
+        raise ValueError(f"codes={codes!r} is unknown; expected one of {', '.join(CODES)}.")
+    _expect("shift", shift, torch.float32, inputs)
+    return _Input(CODES[codes], width, low, scale, _pointer(shift))
+
+
+def encode(
+    x: Tensor, codes: str, width: int, low: int = 0, scale: float = 1.0, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Codes of x float32 [N, M], minus `low` (`token`: plus 128): uint8 [N, M]; and of `token` the scales [N]."""
+    _expect("x", x, torch.float32, *x.shape[:2])
+    result = torch.empty(x.shape, dtype=torch.uint8)
+    scales = torch.empty(len(x)) if codes == "token" else None
+    described = _input(codes, width, low, scale, shift, x.shape[1])
+    status = _library().rebnn_encode(isa(), *x.shape, _pointer(x), byref(described), _pointer(result), _pointer(scales))
+    _done(status, "rebnn_encode")
+    return result, scales
+
+
+def linear(
+    x: Tensor,
+    layout: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: str,
+    width: int,
+    low: int = 0,
+    scale: float = 1.0,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """`rebnn_linear`: x float32 [N, M] -> float32 [N, O]."""
+    _expect("x", x, torch.float32, *x.shape[:2])
+    outputs, inputs = len(weight_scale), x.shape[1]
+    _expect("weight_scale", weight_scale, torch.float32, outputs)
+    _expect("bias", bias, torch.float32, outputs)
+    size = _library().rebnn_layout_size(QUADS if width == 8 else WORDS, outputs, inputs)
+    _expect("layout", layout, torch.uint8, size)
+    described = _input(codes, width, low, scale, shift, inputs)
+    y = torch.empty(len(x), outputs)
+    pointers = map(_pointer, (layout, weight_scale, bias, y))
+    threads = torch.get_num_threads()
+    status = _library().rebnn_linear(isa(), threads, len(x), inputs, outputs, _pointer(x), byref(described), *pointers)
+    _done(status, "rebnn_linear")
+    return y
+
+
+def embedding(indices: Tensor, bits: Tensor, scale: Tensor, width: int) -> Tensor:
+    """`rebnn_embedding`: int64 [N] -> float32 [N, width].
+
+    Raises:
+        IndexError: an index is out of range.
+    """
+    _expect("indices", indices, torch.int64, indices.numel())
+    _expect("bits", bits, torch.uint8, len(bits), (width + 7) // 8)
+    _expect("scale", scale, torch.float32, len(bits))
+    y = torch.empty(len(indices), width)
+    pointers = map(_pointer, (indices, bits, scale, y))
+    status = _library().rebnn_embedding(torch.get_num_threads(), len(indices), len(bits), width, *pointers)
+    if status == 1:
+        raise IndexError(f"an index is out of range: the table has {len(bits)} rows.")
+    _done(status, "rebnn_embedding")
+    return y
+
+
+def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> None:
+    """`rebnn_encoder`, in place: hidden float32 [B, S, D], mask bool [B, S] or None, image uint8."""
+    _expect("hidden", hidden, torch.float32, *hidden.shape[:3])
+    mask = None if mask is None else mask.contiguous()
+    _expect("mask", mask, torch.bool, *hidden.shape[:2])
+    _expect("image", image, torch.uint8, image.numel())
+    width = image[:HEADER_BYTES].view(torch.int64)[3].item() if image.numel() >= HEADER_BYTES else None
+    if width != hidden.shape[2]:
+        raise ValueError(f"hidden has {hidden.shape[2]} features, and the image is of an encoder with {width}.")
+    status = _library().rebnn_encoder(
+        isa(),
+        torch.get_num_threads(),
+        *hidden.shape[:2],
+        _pointer(mask),
+        _pointer(image),
+        image.numel(),
+        _pointer(hidden),
+    )
+    _done(status, "rebnn_encoder")
