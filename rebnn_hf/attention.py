@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.utils.output_capturing import _active_collector
 
+from . import kernels
 from .activations import ActivationRule, bool_gate
 from .binarizers import ClippedSign, Elastic
 
 IMPLEMENTATION = "rebnn"
 """Name under which transformers knows the attention of this file."""
+
+
+LARGEST_EXPONENT = 80.0
+"""Scores may differ by so much before exp() of them leaves the range of a float."""
 
 
 class BoolAttention(nn.Module):
@@ -35,6 +41,23 @@ class BoolAttention(nn.Module):
         self.ties = rule.ties
         for name in ("query", "key", "value"):
             self.add_module(name, ClippedSign(rule.ties, open_window=rule.ties == "released"))
+
+    bits = 1
+
+    def table(self, head: int, scaling: float) -> None:
+        """The engine needs no exponentials here."""
+
+    def threshold(self) -> Tensor:
+        """Of no meaning here, [1]."""
+        return torch.zeros(1)
+
+    def context_scale(self) -> Tensor:
+        """What the integers of the context are multiplied with, [1]."""
+        return torch.ones(1)
+
+    def fits_engine(self, head: int, scaling: float) -> bool:
+        """Whether `kernels.attention` computes the same."""
+        return self.ties == "up" and scaling > 0
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """sign(Q) sign(K)^T * scaling, [B, H, S, S]."""
@@ -67,6 +90,36 @@ class ElasticAttention(nn.Module):
         for name in ("query", "key", "value"):
             self.add_module(name, Elastic(rule.bits, True, rule.signed_init, ties=rule.ties))
         self.probabilities = Elastic(rule.bits, False, rule.unsigned_init, ties=rule.ties)
+        self.bits = rule.bits
+
+    def score_scale(self, scaling: float) -> Tensor:
+        """What the integers of the scores are multiplied with, [1]."""
+        return self.query.positive_scale() * self.key.positive_scale() * scaling
+
+    def context_scale(self) -> Tensor:
+        """What the integers of the context are multiplied with, [1]."""
+        return self.probabilities.positive_scale() * self.value.positive_scale()
+
+    def table(self, head: int, scaling: float) -> Tensor:
+        """exp(score) for 1-bit queries and keys of `head` features by the number of bits that differ, [head + 1].
+
+        Relative to the largest: a softmax divides by their sum.
+        """
+        scores = (head - 2 * torch.arange(head + 1)).float() * self.score_scale(scaling).float()
+        return (scores - scores[0]).exp()
+
+    def threshold(self) -> Tensor:
+        """The smallest probability [1] whose 1-bit code is 1."""
+        guess = (self.probabilities.positive_scale().float() / 2).view(torch.int32)
+        near = (guess + torch.arange(-8, 9, dtype=torch.int32)).view(torch.float32)
+        return near[(self.probabilities(near)[0] == 0).sum()].reshape(1)
+
+    def fits_engine(self, head: int, scaling: float) -> bool:
+        """Whether `kernels.attention` computes the same: 1 bit, and scores whose exponentials fit into a table."""
+        calibrated = all(module.calibrated for module in (self.query, self.key, self.value, self.probabilities))
+        if self.bits != 1 or self.query.ties != "up" or scaling <= 0 or not calibrated:
+            return False
+        return 2 * head * self.score_scale(scaling).item() <= LARGEST_EXPONENT
 
     def scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Q_b K_b^T * scaling, [B, H, S, S]."""
@@ -116,8 +169,28 @@ def binary_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention = getattr(module, "binary_attention", _float_attention)
+    if _engine_serves(attention, query, attention_mask, scaling, dropout):
+        parts = attention.table(query.shape[-1], scaling), attention.threshold(), attention.context_scale()
+        return kernels.attention(query, key, value, attention_mask, *parts), None
     context, weights = attention(query, key, value, attention_mask, scaling, dropout)
     return context.transpose(1, 2).contiguous(), weights
+
+
+def _engine_serves(attention, query: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> bool:
+    """Whether the engine can compute this call: it knows 1-bit attention and padding, no gradients, no weights."""
+    binary = isinstance(attention, BoolAttention | ElasticAttention)
+    if not binary or dropout or not kernels.serves(query) or (torch.is_grad_enabled() and query.requires_grad):
+        return False
+    head = query.shape[-1]
+    if head % 16 or head > 240 or recorded("attentions") or torch.compiler.is_compiling():
+        return False
+    return attention.fits_engine(head, scaling) and (mask is None or kernels.is_padding(mask, query.shape[2]))
+
+
+def recorded(*names: str) -> bool:
+    """Whether the running call of a transformers model was asked for one of these outputs from within."""
+    collected = _active_collector.get()
+    return bool(collected) and any(name in collected for name in names)
 
 
 def use_binary_attention(module: nn.Module, attention: nn.Module) -> None:

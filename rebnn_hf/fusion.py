@@ -14,21 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.utils.output_capturing import _active_collector
 
 from . import kernels
 from .architecture import ENCODERS, EncoderLayout, encoder_of
-from .attention import BoolAttention, ElasticAttention
+from .attention import BoolAttention, ElasticAttention, recorded
 from .binarizers import engine_codes
 from .kernels.image import make_image
 from .layers import PackedLinear
 
-LARGEST_EXPONENT = 80.0
-"""Scores may differ by so much before exp() of them leaves the range of a float."""
-
-NEVER, ALWAYS = 2**31 - 1, -(2**31)
-ROWS = 256
-"""Outputs whose limits are found at a time."""
+NEVER = 2**31 - 1
+"""A limit that no count reaches."""
 
 
 def fuse(model: PreTrainedModel, enabled: bool = True) -> str | None:
@@ -139,23 +134,14 @@ class FusedForward:
             return False
         if kwargs.get("encoder_hidden_states") is not None:
             return False
-        return torch.compiler.is_compiling() or mask is None or _is_padding(mask, hidden.shape[1])
+        return torch.compiler.is_compiling() or mask is None or kernels.is_padding(mask, hidden.shape[1])
 
     def _inner_outputs_wanted(self) -> bool:
         """Whether someone wants to see what happens between the layers: transformers' recorder, or a user's hook."""
-        collected = _active_collector.get()
-        if collected and any(key in collected for key in ("hidden_states", "attentions")):
+        if recorded("hidden_states", "attentions"):
             return True
         hooked = (part._forward_hooks for _, _, part, _ in self._made_of if isinstance(part, nn.Module))
         return any(hook.__name__ != "output_capturing_hook" for hooks in hooked if hooks for hook in hooks.values())
-
-
-def _is_padding(mask: Tensor, length: int) -> bool:
-    try:
-        kernels.padding_mask(mask, length)
-    except ValueError:
-        return False
-    return True
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[dict, str, nn.Module | Tensor | None, int]]:
@@ -191,10 +177,7 @@ def _check_block(where: str, block: nn.Module, layout: EncoderLayout) -> None:
     _require(isinstance(attention, BoolAttention | ElasticAttention), f"the attention of {where} is not 1-bit.")
     head = parts.query.out_features // parts.heads
     _require(head % 16 == 0 and head <= 240, f"heads of {head} features; the engine needs a multiple of 16 up to 240.")
-    if isinstance(attention, ElasticAttention):
-        _require(attention.query.bits == 1, f"the attention of {where} is not 1-bit.")
-        spread = 2 * head * _score_scale(attention, head).item()
-        _require(spread <= LARGEST_EXPONENT, f"the scores of {where} range over {spread:.3g}, too far for a table.")
+    _require(attention.fits_engine(head, head**-0.5), f"the attention of {where} is not 1-bit, or its scores too wide.")
     for norm in (parts.output_norm, parts.outer_norm):
         _require(type(norm) is nn.LayerNorm and norm.elementwise_affine, f"a norm of {where} is not a plain LayerNorm.")
 
@@ -212,8 +195,8 @@ def _fields(block: nn.Module, layout: EncoderLayout, config) -> dict[str, Tensor
         binarizer = getattr(attention, name)
         fields |= _bit_projection(name, getattr(parts, name), lambda y, b=binarizer: b(y)[0] > 0)
     fields |= _bit_projection("inner", parts.inner, lambda y: parts.outer.input_binarizer(parts.activation(y))[0] > 0)
-    fields |= _attention_fields(attention, head)
-    fields["context"] = _context_limits(parts.output, _context_scale(attention), config.max_position_embeddings)
+    fields |= {"table": attention.table(head, head**-0.5), "threshold": attention.threshold()}
+    fields["context"] = _context_limits(parts.output, attention.context_scale(), config.max_position_embeddings)
     fields["inner_unsigned"] = torch.tensor(
         [int(engine_codes(parts.outer.input_binarizer).kind == "levels")], dtype=torch.int32
     )
@@ -224,29 +207,32 @@ def _fields(block: nn.Module, layout: EncoderLayout, config) -> dict[str, Tensor
 
 def _bit_projection(name: str, linear: PackedLinear, is_set: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
     codes = engine_codes(linear.input_binarizer)
-    high, low = _limits(linear, is_set)
+    few, many = _limits(linear, is_set)
     return {
         f"{name}_shift": None if codes.shift is None else codes.shift.float(),
         f"{name}_layout": kernels.cpu.layout(linear.weight, linear.in_features, kernels.cpu.WORDS),
-        f"{name}_high": _padded(high, NEVER),
-        f"{name}_low": _padded(low, ALWAYS),
+        f"{name}_few": few,
+        f"{name}_many": many,
     }
 
 
 def _limits(linear: PackedLinear, is_set: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Where the bit of each output is 1: products of at least `high` [O], or at most `low` [O], int32.
+    """How many mismatches of input bits with weight bits make an output bit 1: at most `few`, or at least `many`.
 
     Args:
-        linear: the layer.
+        linear: the layer; m mismatches are a product of M - 2 m.
         is_set: the bits [..., O] that values [..., O] of the layer become.
+
+    Returns:
+        Two int32 tensors [O rounded up to 16]; bits beyond O are never 1.
 
     Raises:
         NotFusableError: the bit changes more than twice.
     """
-    inputs, outputs = linear.in_features, linear.out_features
-    products = torch.arange(-inputs, inputs + 1, 2, dtype=torch.int32)
-    bits = is_set(_values(linear, products))
-    return _ends(products, bits.t()) if outputs else (products[:0], products[:0])
+    mismatches = torch.arange(linear.in_features + 1, dtype=torch.int32)
+    limits = _ends(is_set(_values(linear, linear.in_features - 2 * mismatches)).t())
+    extra = -linear.out_features % 16
+    return tuple(nn.functional.pad(limit, (0, extra), value=v) for limit, v in zip(limits, (-1, NEVER), strict=True))
 
 
 def _values(linear: PackedLinear, products: Tensor) -> Tensor:
@@ -257,20 +243,21 @@ def _values(linear: PackedLinear, products: Tensor) -> Tensor:
     return values if linear.bias is None else values + linear.bias.float()
 
 
-def _ends(products: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of bits [O, P] at rising products [P]: where its last run of ones begins and its first one ends."""
-    from_end = bits.flip(1).cummin(1).values.sum(1)
-    from_start = torch.where(from_end == len(products), 0, bits.cummin(1).values.sum(1))
-    padded = torch.cat([products, products.new_tensor([NEVER])])
-    high = padded[len(products) - from_end]
-    low = torch.where(from_start > 0, products[(from_start - 1).clamp_min(0)], ALWAYS)
-    reached = (products >= high.unsqueeze(1)) | (products <= low.unsqueeze(1))
+def _ends(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of bits [O, P]: the index where its first run of ones ends (-1: none), and where a last one begins.
+
+    Raises:
+        NotFusableError: ones are elsewhere too.
+    """
+    count = bits.shape[1]
+    leading = bits.int().cummin(1).values.sum(1)
+    trailing = bits.int().flip(1).cummin(1).values.sum(1)
+    few = (leading - 1).int()
+    many = torch.where((leading == count) | (trailing == 0), NEVER, count - trailing).int()
+    index = torch.arange(count, dtype=torch.int32)
+    reached = (index <= few.unsqueeze(1)) | (index >= many.unsqueeze(1))
     _require(bool((reached == bits).all()), "the activation function makes bits that change more than twice.")
-    return high, low
-
-
-def _padded(limits: Tensor, filler: int) -> Tensor:
-    return nn.functional.pad(limits, (0, -len(limits) % 16), value=filler).to(torch.int32)
+    return few, many
 
 
 def _float_projection(name: str, linear: PackedLinear, norm: nn.LayerNorm) -> dict[str, Tensor]:
@@ -288,34 +275,9 @@ def _float_projection(name: str, linear: PackedLinear, norm: nn.LayerNorm) -> di
     }
 
 
-def _score_scale(attention: ElasticAttention, head: int) -> Tensor:
-    return attention.query.positive_scale() * attention.key.positive_scale() * head**-0.5
-
-
-def _attention_fields(attention: nn.Module, head: int) -> dict[str, Tensor | None]:
-    """exp(score) by the number of bits in which query and key differ, and the share of the sum that counts."""
-    if isinstance(attention, BoolAttention):
-        return {"table": None, "threshold": torch.zeros(1)}
-    scores = (head - 2 * torch.arange(head + 1)).float() * _score_scale(attention, head).float()
-    return {"table": (scores - scores[0]).exp(), "threshold": _smallest_counted(attention.probabilities)}
-
-
-def _smallest_counted(probabilities: nn.Module) -> Tensor:
-    """The smallest probability [1] whose code is 1."""
-    guess = (probabilities.positive_scale().float() / 2).view(torch.int32)
-    near = (guess + torch.arange(-8, 9, dtype=torch.int32)).view(torch.float32)
-    return near[probabilities(near)[0] > 0][:1].clone()
-
-
-def _context_scale(attention: nn.Module) -> Tensor:
-    if isinstance(attention, BoolAttention):
-        return torch.ones(1)
-    return attention.probabilities.positive_scale() * attention.value.positive_scale()
-
-
 def _context_limits(linear: PackedLinear, scale: Tensor, longest: int) -> Tensor:
     """The smallest sum over attended values that sets each input bit of a layer, int32 [M]."""
-    sums = torch.arange(-longest, longest + 1, dtype=torch.int32)
+    sums = torch.arange(longest, -longest - 1, -1, dtype=torch.int32)
     context = (sums.float() * scale.float()).unsqueeze(1).expand(-1, linear.in_features)
-    high, _ = _ends(sums, (linear.input_binarizer(context)[0] > 0).t())
-    return high
+    few, _ = _ends((linear.input_binarizer(context)[0] > 0).t())
+    return torch.where(few < 0, NEVER, longest - few).int()

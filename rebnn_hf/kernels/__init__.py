@@ -8,6 +8,7 @@ Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.ex
 
 - `linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift)`: codes of x times signs.
 - `embedding(indices, bits, weight_scale, width)`: rows of a 1-bit table.
+- `attention(query, key, value, mask, table, threshold, scale)`: of 1-bit queries, keys, values and probabilities.
 - `encoder(hidden, mask, image)`: a stack of fully binary BERT layers, see `fusion`.
 """
 
@@ -33,6 +34,10 @@ _library.define(
     "Tensor? input_scale, Tensor? shift) -> Tensor"
 )
 _library.define("embedding(Tensor indices, Tensor bits, Tensor weight_scale, int width) -> Tensor")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? table, Tensor threshold, Tensor scale) "
+    "-> Tensor"
+)
 _library.define("encoder(Tensor hidden, Tensor? mask, Tensor image) -> Tensor")
 
 
@@ -146,6 +151,31 @@ def embedding(indices: Tensor, bits: Tensor, weight_scale: Tensor, width: int) -
     return torch.ops.rebnn.embedding(indices, bits, weight_scale, width)
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    table: Tensor | None,
+    threshold: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """1-bit attention by the C library: popcounts for scores and for the sum of values (`rebnn_attention`).
+
+    Args:
+        query, key, value: [B, H, S, d], of which the signs count; d a multiple of 16 up to 240.
+        mask: as for `encoder`.
+        table: exp(score) by the number of different bits, [d + 1], not rising; None: keys count where the product of
+            the signs is not negative.
+        threshold: [1], the share of the sum from which a key counts.
+        scale: [1], multiplies the sum of the values' signs.
+
+    Returns:
+        [B, S, H, d].
+    """
+    return torch.ops.rebnn.attention(query, key, value, mask, table, threshold, scale)
+
+
 def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> Tensor:
     """A stack of fully binary BERT layers by the C library.
 
@@ -199,10 +229,22 @@ def _embedding(indices, bits, weight_scale, width):
     return rows.view(*indices.shape, width).to(weight_scale.dtype)
 
 
+def _attention(query, key, value, mask, table, threshold, scale):
+    mask = None if mask is None else padding_mask(mask, query.shape[2])
+    table = None if table is None else table.detach().float().contiguous()
+    signed = (x.detach().float().contiguous() for x in (query, key, value))
+    return cpu.attention(*signed, mask, table, float(threshold), float(scale)).to(query.dtype)
+
+
 def _encoder(hidden, mask, image):
     result = hidden.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     cpu.encoder(result, None if mask is None else padding_mask(mask, hidden.shape[1]), image)
     return result.to(hidden.dtype)
+
+
+def is_padding(mask: Tensor, length: int) -> bool:
+    """Whether a mask of scores says of each key the same to all queries."""
+    return mask.shape[1] == 1 and mask.shape[-1] == length and bool((mask == mask[:, :, :1]).all())
 
 
 def padding_mask(mask: Tensor, length: int) -> Tensor:
@@ -211,15 +253,20 @@ def padding_mask(mask: Tensor, length: int) -> Tensor:
     Raises:
         ValueError: the mask depends on the query.
     """
-    if mask.shape[1] != 1 or mask.shape[-1] != length or not (mask == mask[:, :, :1]).all():
+    if not is_padding(mask, length):
         raise ValueError(
-            f"a mask of shape {tuple(mask.shape)} says more than which tokens are padding; the fused encoder reads "
-            "padding only. Use rebnn_hf.fuse(model, False) for other masks."
+            f"a mask of shape {tuple(mask.shape)} says more than which tokens are padding, and the engine's attention "
+            "reads padding only; use rebnn_hf.kernels.set_backend('reference') for other masks."
         )
     return mask[:, 0, 0] if mask.dtype == torch.bool else mask[:, 0, 0] == 0
 
 
-for _name, _function in (("linear", _linear), ("embedding", _embedding), ("encoder", _encoder)):
+for _name, _function in (
+    ("linear", _linear),
+    ("embedding", _embedding),
+    ("attention", _attention),
+    ("encoder", _encoder),
+):
     _library.impl(_name, _function, "CPU")
 
 
@@ -231,6 +278,11 @@ def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift
 @torch.library.register_fake("rebnn::embedding")
 def _(indices, bits, weight_scale, width):
     return weight_scale.new_empty(*indices.shape, width)
+
+
+@torch.library.register_fake("rebnn::attention")
+def _(query, key, value, mask, table, threshold, scale):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
 @torch.library.register_fake("rebnn::encoder")

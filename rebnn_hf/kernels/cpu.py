@@ -49,6 +49,10 @@ _SIGNATURES = {
         *(c_void_p, c_void_p, c_void_p, c_void_p),
     ),
     "rebnn_embedding": (c_int, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    "rebnn_attention": (
+        *(c_int, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+        *(c_void_p, c_void_p, c_float, c_float, c_void_p),
+    ),
     "rebnn_encoder": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
 }
 """Result and arguments of the functions in rebnn.h."""
@@ -245,6 +249,29 @@ def embedding(indices: Tensor, bits: Tensor, scale: Tensor, width: int) -> Tenso
         raise IndexError(f"an index is out of range: the table has {len(bits)} rows.")
     _done(status, "rebnn_embedding")
     return y
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    table: Tensor | None,
+    threshold: float,
+    scale: float,
+) -> Tensor:
+    """`rebnn_attention`: float32 [B, H, S, d] three times, mask bool [B, S], table float32 [d + 1] -> [B, S, H, d]."""
+    batch, heads, length, head = query.shape
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _expect(name, x, torch.float32, batch, heads, length, head)
+    mask = None if mask is None else mask.contiguous()
+    _expect("mask", mask, torch.bool, batch, length)
+    _expect("table", table, torch.float32, head + 1)
+    context = torch.empty(batch, length, heads, head)
+    sizes = (isa(), torch.get_num_threads(), batch, heads, length, head)
+    pointers = map(_pointer, (query, key, value, mask, table))
+    _done(_library().rebnn_attention(*sizes, *pointers, threshold, scale, _pointer(context)), "rebnn_attention")
+    return context
 
 
 def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> None:

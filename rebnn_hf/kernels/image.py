@@ -12,11 +12,11 @@ MAGIC, VERSION = 0x4E4E4252, 1
 HEADER = 16
 ALIGNMENT = 64
 FIELDS = (
-    *(f"{name}_{part}" for name, part in product(("query", "key", "value"), ("shift", "layout", "high", "low"))),
+    *(f"{name}_{part}" for name, part in product(("query", "key", "value"), ("shift", "layout", "few", "many"))),
     *("table", "threshold"),
     *("context", "output_layout", "output_scale", "output_bias"),
     *("output_norm_weight", "output_norm_bias", "output_eps"),
-    *("inner_shift", "inner_layout", "inner_high", "inner_low", "inner_unsigned"),
+    *("inner_shift", "inner_layout", "inner_few", "inner_many", "inner_unsigned"),
     *("outer_layout", "outer_scale", "outer_bias", "outer_norm_weight", "outer_norm_bias", "outer_eps"),
 )
 """In the order of the enumeration in encoder.h, which says what each of them is."""

@@ -112,13 +112,42 @@ static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t word
 }
 
 #define HAS_TABLE_SUM
-static float table_sum(const float *table, const uint8_t *index, int64_t count)
+/* A table of up to 33 or 65 entries is looked up in registers: heads of 32 and of 64 features. */
+static inline __attribute__((always_inline)) float sum_of_lookups(const int PAIRS, const float *table,
+                                                                  const uint8_t *index, int64_t count)
 {
+    __m512 first[2], second[2];
+    for (int p = 0; p < PAIRS; p++) {
+        first[p] = _mm512_loadu_ps(table + 32 * p);
+        second[p] = _mm512_loadu_ps(table + 32 * p + 16);
+    }
+    const __m512 last = _mm512_set1_ps(table[32 * PAIRS]);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
         __mmask16 some = count - j >= 16 ? 0xffff : (__mmask16)((1u << (count - j)) - 1);
         __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, index + j));
-        sum = _mm512_add_ps(sum, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, i, table, 4));
+        __m512 value = _mm512_permutex2var_ps(first[0], i, second[0]);
+        if (PAIRS == 2) {
+            __mmask16 upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+            value = _mm512_mask_mov_ps(value, upper, _mm512_permutex2var_ps(first[1], i, second[1]));
+        }
+        value = _mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(i, _mm512_set1_epi32(32 * PAIRS)), last);
+        sum = _mm512_mask_add_ps(sum, some, sum, value);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+static float table_sum(const float *table, int64_t size, const uint8_t *index, int64_t count)
+{
+    if (size == 33)
+        return sum_of_lookups(1, table, index, count);
+    if (size == 65)
+        return sum_of_lookups(2, table, index, count);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += 16) {
+        __mmask16 some = count - j >= 16 ? 0xffff : (__mmask16)((1u << (count - j)) - 1);
+        __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, index + j));
+        sum = _mm512_mask_add_ps(sum, some, sum, _mm512_mask_i32gather_ps(sum, some, i, table, 4));
     }
     return _mm512_reduce_add_ps(sum);
 }
@@ -165,6 +194,15 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
                           int64_t outputs, const epilogue *e)
 {
     int64_t n = block * BLOCK;
+    if (!e->y) {
+        __m512i few = _mm512_loadu_si512(e->few + n), many = _mm512_loadu_si512(e->many + n);
+        uint16_t *bits = e->bits + e->block_offset[block] + m * e->bits_stride;
+        for (int64_t r = 0; r < rows; r++, bits += e->bits_stride) {
+            __m512i count = _mm512_load_si512(counts[r]);
+            *bits = (uint16_t)(_mm512_cmple_epi32_mask(count, few) | _mm512_cmpge_epi32_mask(count, many));
+        }
+        return;
+    }
     __m512i set = _mm512_loadu_si512(ones + n);
     __m512i base = _mm512_add_epi32(_mm512_set1_epi32(e->constant), _mm512_mullo_epi32(_mm512_set1_epi32(e->per_one), set));
     /* factor is -2, -1 or 1: a shift, and a subtraction or an addition of what was made negative */
@@ -172,15 +210,6 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
     const __m512i sign = _mm512_set1_epi32(e->factor < 0 ? -1 : 0);
 #define DOT_OF(r)                                                                                                     \
     _mm512_add_epi32(base, _mm512_sub_epi32(_mm512_xor_si512(_mm512_sll_epi32(_mm512_load_si512(counts[r]), doubled), sign), sign))
-    if (!e->y) {
-        __m512i high = _mm512_loadu_si512(e->high + n), low = _mm512_loadu_si512(e->low + n);
-        uint16_t *bits = e->bits + e->block_offset[block] + m * e->bits_stride;
-        for (int64_t r = 0; r < rows; r++, bits += e->bits_stride) {
-            __m512i dot = DOT_OF(r);
-            *bits = (uint16_t)(_mm512_cmpge_epi32_mask(dot, high) | _mm512_cmple_epi32_mask(dot, low));
-        }
-        return;
-    }
     __mmask16 some = outputs - n >= BLOCK ? 0xffff : (__mmask16)((1u << (outputs - n)) - 1);
     __m512 scale = _mm512_maskz_loadu_ps(some, e->scale + n), factor = _mm512_mul_ps(scale, _mm512_set1_ps(e->input_scale));
     __m512 bias = e->bias ? _mm512_maskz_loadu_ps(some, e->bias + n) : _mm512_setzero_ps();

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention.h"
 #include "linear.h"
 #include "parallel.h"
 
@@ -19,7 +20,7 @@ typedef struct {
 typedef struct {
     const float *shift;
     const void *layout;
-    const int32_t *high, *low;
+    const int32_t *few, *many;
 } bit_projection;
 
 typedef struct {
@@ -44,10 +45,7 @@ typedef struct {
     uint64_t *bits;    /* [ROWS][input words of the widest layer] */
     uint64_t *context; /* [ROWS][words of width] */
     float *y;          /* [ROWS][width] */
-    uint64_t *values;  /* [words of the longest sequence][head] */
-    uint8_t *mismatches;
-    uint64_t *attended;
-    int32_t *counts;
+    attention_scratch attention;
 } scratch;
 
 static const void *field(const encoder *m, int64_t layer, int name)
@@ -74,9 +72,9 @@ static int64_t field_size(const encoder *m, int name)
         return rebnn_layout_size(REBNN_WORDS, m->inner, m->width);
     case OUTER_LAYOUT:
         return rebnn_layout_size(REBNN_WORDS, m->width, m->inner);
-    case QUERY_HIGH: case QUERY_LOW: case KEY_HIGH: case KEY_LOW: case VALUE_HIGH: case VALUE_LOW:
+    case QUERY_FEW: case QUERY_MANY: case KEY_FEW: case KEY_MANY: case VALUE_FEW: case VALUE_MANY:
         return wide;
-    case INNER_HIGH: case INNER_LOW:
+    case INNER_FEW: case INNER_MANY:
         return inner;
     case TABLE:
         return (m->head + 1) * 4;
@@ -100,8 +98,8 @@ static int read_image(const void *image, int64_t size, encoder *m)
         header[LAYER_FIELDS] != FIELDS)
         return 0;
     *m = (encoder){header[LAYERS], header[WIDTH], header[HEADS], header[HEAD], header[INNER], image, header + HEADER};
-    if (m->layers < 0 || m->layers > 4096 || m->width < 1 || m->width > 65536 || m->head < 16 || m->head > 240 ||
-        m->head % 16 || m->heads < 1 || m->heads * m->head != m->width || m->inner < 1 || m->inner > REBNN_MAX_INPUTS ||
+    if (m->layers < 0 || m->layers > 4096 || m->width < 1 || m->width > 65536 || !valid_head(m->head) ||
+        m->heads < 1 || m->heads * m->head != m->width || m->inner < 1 || m->inner > REBNN_MAX_INPUTS ||
         size < (HEADER + m->layers * FIELDS) * 8)
         return 0;
     for (int64_t layer = 0; layer < m->layers; layer++)
@@ -115,75 +113,27 @@ static int read_image(const void *image, int64_t size, encoder *m)
     return 1;
 }
 
-/* ---- Attention ---- */
-
-/* 64 x 64 bits, in place: bit j of word i becomes bit i of word j. */
-static void transpose64(uint64_t *x)
-{
-    uint64_t mask = 0x00000000ffffffffull;
-    for (int step = 32; step; step >>= 1, mask ^= mask << step)
-        for (int i = 0; i < 64; i = (i + step + 1) & ~step) {
-            uint64_t swap = (x[i] >> step ^ x[i + step]) & mask;
-            x[i] ^= swap << step;
-            x[i + step] ^= swap;
-        }
-}
-
-/* values [length][words] -> transposed [ceil(length / 64)][head]. */
-static void transpose_values(const uint64_t *values, int64_t length, int64_t head, int64_t words, uint64_t *transposed)
-{
-    for (int64_t block = 0; block * 64 < length; block++)
-        for (int64_t w = 0; w < words; w++) {
-            uint64_t square[64] = {0};
-            for (int64_t i = 0; i < 64 && block * 64 + i < length; i++)
-                square[i] = values[(block * 64 + i) * words + w];
-            transpose64(square);
-            int64_t count = head - w * 64 < 64 ? head - w * 64 : 64;
-            memcpy(transposed + block * head + w * 64, square, (size_t)count * 8);
-        }
-}
-
-/* The largest number of mismatches whose share of the sum reaches the threshold; -1 for none. The table falls. */
-static int32_t largest_index(const float *table, int64_t head, float least)
-{
-    int32_t low = -1, high = (int32_t)head;
-    while (low < high) {
-        int32_t middle = low + (high - low + 1) / 2;
-        if (table[middle] >= least)
-            low = middle;
-        else
-            high = middle - 1;
-    }
-    return low;
-}
+/* ---- Layers ---- */
 
 /* Bits of the context of tokens from..to-1, all of one sequence, in all heads. */
-static void attend(encoder_call *c, scratch *s, int64_t layer, int64_t sequence, int64_t from, int64_t to)
+static void attend_rows(encoder_call *c, scratch *s, int64_t layer, int64_t sequence, int64_t from, int64_t to)
 {
     const encoder *m = &c->model;
     int64_t begin = c->first[sequence], length = c->first[sequence + 1] - begin;
-    int64_t words = ceil_div(m->head, 64), blocks = ceil_div(length, 64), row = ceil_div(m->width, 64);
-    const float *table = field(m, layer, TABLE);
-    float threshold = *(const float *)field(m, layer, THRESHOLD);
+    int64_t words = ceil_div(m->head, 64), row = ceil_div(m->width, 64);
+    attention_rule rule = {m->head, field(m, layer, TABLE), *(const float *)field(m, layer, THRESHOLD)};
     const int32_t *limits = field(m, layer, CONTEXT);
-    const uint64_t *keys = c->keys[layer % 2], *values = c->values[layer % 2];
     for (int64_t h = 0; h < m->heads; h++) {
-        transpose_values(values + (h * c->tokens + begin) * words, length, m->head, words, s->values);
+        const uint64_t *keys = c->keys[layer % 2] + h * words * c->tokens + begin;
+        take_values(&s->attention, c->values[layer % 2] + (h * c->tokens + begin) * words, length, m->head);
         for (int64_t t = from; t < to; t++) {
-            c->isa->mismatches(c->queries + (h * c->tokens + t) * words, keys + h * words * c->tokens + begin, words,
-                               c->tokens, length, s->mismatches);
-            int32_t limit = (int32_t)(m->head / 2);
-            if (table)
-                limit = largest_index(table, m->head, threshold * c->isa->table_sum(table, s->mismatches, length));
-            int32_t attended = (int32_t)c->isa->at_most(s->mismatches, length, limit, s->attended);
-            c->isa->overlaps(s->attended, s->values, blocks, m->head, s->counts);
+            const uint64_t *query = c->queries + (h * c->tokens + t) * words;
+            int32_t attended = attend(c->isa, &rule, &s->attention, query, keys, c->tokens, length);
             uint16_t *bits = (uint16_t *)(s->context + (t - from) * row) + h * m->head / 16;
-            c->isa->reached(s->counts, m->head, attended, limits + h * m->head, bits);
+            c->isa->reached(s->attention.counts, m->head, attended, limits + h * m->head, bits);
         }
     }
 }
-
-/* ---- Layers ---- */
 
 static void pack_rows(encoder_call *c, const float *x, int64_t rows, const float *shift, uint64_t *bits)
 {
@@ -197,8 +147,8 @@ static void project(encoder_call *c, const bit_projection *p, const uint64_t *x,
 {
     rebnn_input signs = {.codes = REBNN_SIGN, .bits = 1};
     epilogue e = products(&signs, c->model.width);
-    e.high = p->high;
-    e.low = p->low;
+    e.few = p->few;
+    e.many = p->many;
     e.bits = bits;
     e.bits_stride = stride;
     e.block_offset = offsets;
@@ -250,7 +200,7 @@ static void finish_layer(encoder_call *c, scratch *s, int64_t layer, int64_t seq
     int64_t rows = to - from, inner_words = ceil_div(m->inner, 64);
     float *x = c->x + from * m->width;
     memset(s->context, 0, (size_t)(rows * ceil_div(m->width, 64)) * 8);
-    attend(c, s, layer, sequence, from, to);
+    attend_rows(c, s, layer, sequence, from, to);
     add_and_norm(c, s, layer, OUTPUT_LAYOUT, &signs, s->context, m->width, x, rows);
 
     bit_projection inner = projection(m, layer, INNER_SHIFT);
@@ -273,11 +223,7 @@ static int make_scratch(const encoder_call *c, scratch *s)
     s->bits = allocate(ROWS * (words + ceil_div(m->inner, 64)) * 8);
     s->context = allocate(ROWS * words * 8);
     s->y = allocate(ROWS * m->width * 4);
-    s->values = allocate(ceil_div(c->longest, 64) * m->head * 8);
-    s->mismatches = allocate(c->longest);
-    s->attended = allocate(ceil_div(c->longest, 64) * 8);
-    s->counts = allocate(m->head * 4);
-    return s->bits && s->context && s->y && s->values && s->mismatches && s->attended && s->counts;
+    return make_attention_scratch(&s->attention, c->longest, m->head) && s->bits && s->context && s->y;
 }
 
 static void free_scratch(scratch *s)
@@ -285,10 +231,7 @@ static void free_scratch(scratch *s)
     free(s->bits);
     free(s->context);
     free(s->y);
-    free(s->values);
-    free(s->mismatches);
-    free(s->attended);
-    free(s->counts);
+    free_attention_scratch(&s->attention);
 }
 
 static void encoder_task(void *argument, int thread)

@@ -9,8 +9,8 @@
 /* What becomes of the products of a row with one block of outputs. `count` is the mismatches of bits (WORDS, summed
  * with weights 2^plane) or the product of unsigned codes with signs (QUADS); ones[n] the set bits of weight row n.
  *   dot = constant + per_one * ones[n] + factor * count
- * Floats: y = dot * (scale[n] * input_scale * row_scale[m]) + bias[n].
- * Bits:   1 where dot >= high[n] or dot <= low[n], 16 outputs at a time into
+ * Floats: y = dot * (scale[n] * input_scale) + bias[n], or with the scale of the row in place of input_scale.
+ * Bits:   1 where count <= few[n] or count >= many[n] (WORDS with one plane), 16 outputs at a time into
  *         bits + m * bits_stride + block_offset[n / 16] (both in units of 16 bits).
  */
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
     const float *row_scale; /* per row, or NULL */
     float *y;               /* NULL: bits */
     int64_t y_stride;
-    const int32_t *high, *low; /* padded to 16 outputs */
+    const int32_t *few, *many; /* padded to 16 outputs */
     uint16_t *bits;
     int64_t bits_stride;
     const int64_t *block_offset;
@@ -50,8 +50,9 @@ struct rebnn_isa {
     /* mismatches[j] = bits that differ between query [words] and key j, keys [words][stride]; at most 255. */
     void (*mismatches)(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,
                        uint8_t *mismatches);
-    /* sum over j of table[index[j]]. */
-    float (*table_sum)(const float *table, const uint8_t *index, int64_t count);
+    /* sum over j of table[index[j]], in 16 partial sums, so that every instruction set adds in the same order.
+     * `size` entries, readable up to a multiple of 16. */
+    float (*table_sum)(const float *table, int64_t size, const uint8_t *index, int64_t count);
     /* bit j = index[j] <= limit; spare bits clear; returns how many are set. */
     int64_t (*at_most)(const uint8_t *index, int64_t count, int32_t limit, uint64_t *bits);
     /* counts[i] = set bits of a [words] & b[:, i], b [words][n], n a multiple of 16. */

@@ -93,22 +93,20 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
                           int64_t outputs, const epilogue *e)
 {
     int64_t n = block * BLOCK;
-    int32_t base[BLOCK];
-    for (int64_t i = 0; i < BLOCK; i++)
-        base[i] = e->constant + e->per_one * ones[n + i];
     if (!e->y) {
-        const int32_t *high = e->high + n, *low = e->low + n;
+        const int32_t *few = e->few + n, *many = e->many + n;
         uint16_t *bits = e->bits + e->block_offset[block];
         for (int64_t r = 0; r < rows; r++) {
             uint32_t mask = 0;
-            for (int64_t i = 0; i < BLOCK; i++) {
-                int32_t dot = base[i] + e->factor * counts[r][i];
-                mask |= (uint32_t)((dot >= high[i]) | (dot <= low[i])) << i;
-            }
+            for (int64_t i = 0; i < BLOCK; i++)
+                mask |= (uint32_t)((counts[r][i] <= few[i]) | (counts[r][i] >= many[i])) << i;
             bits[(m + r) * e->bits_stride] = (uint16_t)mask;
         }
         return;
     }
+    int32_t base[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++)
+        base[i] = e->constant + e->per_one * ones[n + i];
     int64_t width = outputs - n < BLOCK ? outputs - n : BLOCK;
     float scale[BLOCK] = {0}, bias[BLOCK] = {0};
     memcpy(scale, e->scale + n, (size_t)width * sizeof(float));
@@ -218,16 +216,16 @@ static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t word
 #endif
 
 #ifndef HAS_TABLE_SUM
-static float table_sum(const float *table, const uint8_t *index, int64_t count)
+static float table_sum(const float *table, int64_t size, const uint8_t *index, int64_t count)
 {
-    float sums[4] = {0};
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4)
-        for (int64_t i = 0; i < 4; i++)
-            sums[i] += table[index[j + i]];
-    for (; j < count; j++)
-        sums[0] += table[index[j]];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float sums[16] = {0};
+    (void)size;
+    for (int64_t j = 0; j < count; j++)
+        sums[j % 16] += table[index[j]];
+    for (int64_t half = 8; half; half /= 2)
+        for (int64_t i = 0; i < half; i++)
+            sums[i] += sums[i + half];
+    return sums[0];
 }
 #endif
 

@@ -107,6 +107,20 @@ REBNN_API rebnn_status rebnn_linear(const rebnn_isa *isa, int threads, int64_t r
 REBNN_API rebnn_status rebnn_embedding(int threads, int64_t count, int64_t entries, int64_t width,
                                        const int64_t *index, const uint8_t *bits, const float *scale, float *y);
 
+/* ---- Attention ----------------------------------------------------------------------------------------------- */
+
+/* Attention over signs of queries, keys and values, with few-bit probabilities {0, 1}; sign(x) = +1 where x >= 0.
+ *   query, key, value [batch][heads][length][head], head a multiple of 16 from 16 to 240;
+ *   mask [batch][length] bytes: 0 for keys that do not count; NULL: all count.
+ *   Key j counts for query i where table[m] >= threshold * sum over all keys of theirs, m the number of features in
+ *   which their signs differ; table [head + 1] is exp(score) for m = 0..head, not rising (so probabilities are softmax).
+ *   Without table: where m <= head / 2, that is where the product of signs is not negative.
+ *   context [batch][length][heads][head] = scale * (sum of the signs of the values that count). */
+REBNN_API rebnn_status rebnn_attention(const rebnn_isa *isa, int threads, int64_t batch, int64_t heads, int64_t length,
+                                       int64_t head, const float *query, const float *key, const float *value,
+                                       const uint8_t *mask, const float *table, float threshold, float scale,
+                                       float *context);
+
 /* ---- Encoders ------------------------------------------------------------------------------------------------ */
 
 /* A stack of BERT layers (post-LayerNorm) with 1-bit weights, activations and attention, as one call.
