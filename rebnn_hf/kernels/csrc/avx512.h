@@ -9,6 +9,7 @@ static inline __attribute__((always_inline)) void tile_of(const int ROWS, const 
                                                           const uint64_t *block, int32_t (*counts)[BLOCK])
 {
     __m512i left[8], right[8];
+#pragma GCC unroll 8 /* before the loop becomes a memset that keeps the sums out of registers */
     for (int r = 0; r < ROWS; r++)
         left[r] = right[r] = _mm512_setzero_si512();
     for (int64_t k = 0; k < words; k++) {
