@@ -24,6 +24,9 @@
         }                                                                                                             \
     } while (0)
 
+#define BAD(call) CHECK((call) == REBNN_BAD_ARGUMENT, "accepted")
+#define GOOD(call) CHECK((call) == REBNN_OK, "refused")
+
 static const int64_t sizes[] = {0, 1, 3, 7, 31, 33, 63, 64, 65, 127, 128, 129, 767, 768};
 static const int64_t row_counts[] = {1, 2, 7, 8, 9, 33};
 
@@ -686,10 +689,108 @@ static void test_embedding(int threads, int64_t count, int64_t entries, int64_t 
     release();
 }
 
-/* ---- Arguments ------------------------------------------------------------------------------------------------ */
+/* ---- Convolutions ---------------------------------------------------------------------------------------------- */
 
-#define BAD(call) CHECK((call) == REBNN_BAD_ARGUMENT, "accepted")
-#define GOOD(call) CHECK((call) == REBNN_OK, "refused")
+typedef struct {
+    int64_t batch, channels, height, width, outputs, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+} conv_shape;
+
+static void test_conv(const rebnn_input *kind_of_input, conv_shape s, int kind, int threads)
+{
+    rebnn_input input = *kind_of_input;
+    int64_t positions = s.kernel_h * s.kernel_w, elements = s.channels * positions, area = s.height * s.width;
+    int64_t out_h = (s.height + 2 * s.pad_h - s.kernel_h) / s.stride_h + 1;
+    int64_t out_w = (s.width + 2 * s.pad_w - s.kernel_w) / s.stride_w + 1, count = s.batch * s.outputs * out_h * out_w;
+    float *x = floats(s.batch * s.channels * area, kind), *scale = floats(s.outputs, RANDOM);
+    float *bias = below(3) ? floats(s.outputs, RANDOM) : NULL, *y = take(count * 4), *expected = take(count * 4);
+    uint8_t *bits = random_rows(s.outputs, elements, kind == PLUS ? PLUS : RANDOM);
+    int *codes = take(s.batch * s.channels * area * 4);
+    int8_t *signs = take(s.outputs * elements);
+    void *layout = take(rebnn_conv_layout_size(kind_of(&input), s.outputs, s.channels, s.kernel_h, s.kernel_w));
+    GOOD(rebnn_conv_layout_fill(kind_of(&input), s.outputs, s.channels, s.kernel_h, s.kernel_w, bits, layout));
+    float *shift = below(2) ? floats(s.channels, RANDOM) : NULL;
+    for (int64_t i = 0; i < s.outputs * elements; i++)
+        signs[i] = bit(bits + i / elements * ceil_div(elements, 8), i % elements) ? 1 : -1;
+    for (int64_t i = 0; i < s.batch * s.channels * area; i++) {
+        input.shift = shift ? shift + i / area % s.channels : NULL;
+        codes_of(&input, x + i, 1, codes + i);
+    }
+    input.shift = shift;
+    float *next = expected;
+    for (int64_t image = 0; image < s.batch; image++)
+        for (int64_t o = 0; o < s.outputs; o++)
+            for (int64_t i = 0; i < out_h; i++)
+                for (int64_t j = 0; j < out_w; j++) {
+                    int dot = 0;
+                    for (int64_t c = 0; c < s.channels; c++)
+                        for (int64_t k = 0; k < positions; k++) {
+                            int64_t row = i * s.stride_h - s.pad_h + k / s.kernel_w;
+                            int64_t column = j * s.stride_w - s.pad_w + k % s.kernel_w;
+                            if (row >= 0 && row < s.height && column >= 0 && column < s.width)
+                                dot += codes[(image * s.channels + c) * area + row * s.width + column] *
+                                       signs[o * elements + c * positions + k];
+                        }
+                    *next++ = (float)dot * (scale[o] * input.scale) + (bias ? bias[o] : 0);
+                }
+    for (int i = 0; i < isa_count; i++) {
+        memset(y, 0xa5, (size_t)count * 4);
+        GOOD(rebnn_conv2d(isas[i], threads, s.batch, s.channels, s.height, s.width, s.outputs, s.kernel_h, s.kernel_w,
+                          s.stride_h, s.stride_w, s.pad_h, s.pad_w, x, &input, layout, scale, bias, y));
+        check_floats(isas[i]->name, "conv2d", y, expected, count);
+    }
+    release();
+}
+
+static void test_convolutions(void)
+{
+    static const int64_t channels[] = {0, 1, 3, 63, 64, 65, 128};
+    static const int64_t outputs[] = {1, 3, 16, 17, 33};
+    for (int c = 0; c < COUNT(channels); c++)
+        for (int kernel = 1; kernel <= 3; kernel += 2)
+            for (int stride = 1; stride <= 2; stride++)
+                for (int pad = 0; pad <= 1; pad++)
+                    for (int i = 0; i < 2; i++) { /* SIGN, and the others in turn */
+                        int turn = c + kernel + stride + 2 * pad, input = i ? 1 + (3 * turn + c) % 10 : 0;
+                        conv_shape s = {1 + turn % 2, channels[c], 7 - turn % 3, 5 + turn % 5, outputs[turn % 5],
+                                        kernel, kernel, stride, stride, pad, pad};
+                        test_conv(&inputs_of[input], s, turn % KINDS, 1);
+                    }
+    static const conv_shape odd[] = {
+        {2, 5, 4, 9, 18, 2, 3, 1, 3, 0, 2},  {1, 70, 1, 40, 7, 1, 5, 1, 1, 0, 2}, {1, 9, 3, 3, 5, 3, 3, 1, 1, 4, 3},
+        {1, 64, 2, 2, 16, 5, 4, 2, 1, 2, 1}, {1, 3, 0, 2, 4, 2, 2, 1, 1, 1, 1},   {1, 1, 23, 31, 1, 3, 3, 5, 4, 1, 1},
+        {0, 3, 5, 5, 4, 3, 3, 1, 1, 1, 1},   {2, 3, 5, 5, 0, 3, 3, 1, 1, 1, 1},
+    }; /* kernels that are not square, no row at all, padding beyond the kernel, strides beyond it */
+    for (int i = 0; i < COUNT(odd); i++)
+        for (int input = 0; input < 11; input += i % 2 ? 1 : 3)
+            test_conv(&inputs_of[input], odd[i], input % KINDS, 1 + i % 3);
+    for (int threads = 1; threads <= 3; threads++) { /* enough work, images and rows that are split */
+        test_conv(&inputs_of[0], (conv_shape){3, 64, 15, 17, 49, 3, 3, 1, 1, 1, 1}, RANDOM, threads);
+        test_conv(&inputs_of[8], (conv_shape){1, 65, 13, 17, 33, 3, 3, 1, 1, 1, 1}, SPECIAL, threads);
+    }
+    test_conv(&inputs_of[8], (conv_shape){1, 64, 3, 40, 33, 3, 3, 1, 1, 1, 1}, RANDOM, 5); /* less than a row each */
+    printf("conv2d\n");
+}
+
+/* Elements of conv weights in the order of rebnn.h. */
+static void test_conv_layout(rebnn_layout kind, int64_t outputs, int64_t channels, int64_t kernel_h, int64_t kernel_w)
+{
+    int64_t positions = kernel_h * kernel_w, padded = round_up(channels, kind == REBNN_WORDS ? 64 : 4);
+    int64_t inputs = positions * padded, bytes = ceil_div(inputs, 8), from = ceil_div(channels * positions, 8);
+    int64_t size = rebnn_layout_size(kind, outputs, inputs);
+    uint8_t *bits = random_rows(outputs, channels * positions, RANDOM), *rows = take(outputs * bytes);
+    memset(rows, 0, (size_t)(outputs * bytes));
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t j = 0; j < inputs; j++)
+            if (j % padded < channels && bit(bits + o * from, j % padded * positions + j / padded))
+                rows[o * bytes + j / 8] |= (uint8_t)(1 << j % 8);
+    CHECK(rebnn_conv_layout_size(kind, outputs, channels, kernel_h, kernel_w) == size, "conv_layout_size");
+    void *layout = take(size);
+    GOOD(rebnn_conv_layout_fill(kind, outputs, channels, kernel_h, kernel_w, bits, layout));
+    check_bytes("all", "conv_layout_fill", layout, layout_of(kind, outputs, inputs, rows), size);
+    release();
+}
+
+/* ---- Arguments ------------------------------------------------------------------------------------------------ */
 
 static void test_arguments(void)
 {
@@ -698,7 +799,7 @@ static void test_arguments(void)
     float x[64] = {0}, y[64], scale[64] = {0}, token_scale[2];
     uint8_t bits[64] = {0}, codes[64];
     int64_t index[2] = {0};
-    uint64_t layout[64] = {0};
+    _Alignas(64) uint64_t layout[128] = {0};
     static const rebnn_input bad_inputs[] = {
         {3, 1, 0, 1, NULL},           {-1, 1, 0, 1, NULL},            {REBNN_SIGN, 2, 0, 1, NULL},
         {REBNN_SIGN, 1, -1, 1, NULL}, {REBNN_LEVELS, 3, 0, 1, NULL},  {REBNN_LEVELS, 0, 0, 1, NULL},
@@ -759,6 +860,38 @@ static void test_arguments(void)
     BAD(rebnn_embedding(1, 1, 1, 1, index, bits, NULL, y));
     BAD(rebnn_embedding(1, 1, 1, 1, index, bits, scale, NULL));
     GOOD(rebnn_embedding(1, 0, 1, 1, NULL, bits, scale, NULL));
+#define CONV(channels, height, outputs, kernel, stride, pad, x, input, layout, scale, y)                              \
+    rebnn_conv2d(isa, 1, 1, channels, height, 4, outputs, kernel, 2, stride, 1, pad, 0, x, input, layout, scale,      \
+                 NULL, y)
+    GOOD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(-1, 4, 1, 2, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(1, -1, 1, 2, 1, 2, x, &sign, layout, scale, y));
+    BAD(CONV(1, 4, -1, 2, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(1, 4, 1, 0, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(1, 4, 1, 5, 1, 0, x, &sign, layout, scale, y)); /* the window is larger than the image */
+    BAD(CONV(1, 4, 1, 2, 0, 0, x, &sign, layout, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, -1, x, &sign, layout, scale, y));
+    BAD(CONV(1, 4, INT32_MAX, 2, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(REBNN_MAX_INPUTS, 4, 1, 2, 1, 0, x, &sign, layout, scale, y));
+    BAD(CONV(1, INT32_MAX - 16, INT32_MAX - 16, 2, 1, 9, x, &sign, layout, scale, y)); /* too much */
+    BAD(CONV(1, 4, 1, 2, 1, 0, NULL, &sign, layout, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, NULL, layout, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, &token, layout, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, &bad_inputs[0], layout, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, NULL, scale, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, NULL, y));
+    BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, scale, NULL));
+    BAD(rebnn_conv2d(NULL, 1, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, y));
+    BAD(rebnn_conv2d(isa, 0, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, y));
+    CHECK(rebnn_conv_layout_size(2, 1, 1, 1, 1) == -1 && rebnn_conv_layout_size(REBNN_WORDS, -1, 1, 1, 1) == -1 &&
+              rebnn_conv_layout_size(REBNN_WORDS, 1, -1, 1, 1) == -1 &&
+              rebnn_conv_layout_size(REBNN_WORDS, 1, 1, 0, 1) == -1 &&
+              rebnn_conv_layout_size(REBNN_WORDS, 1, 65, REBNN_MAX_INPUTS / 128 + 1, 1) == -1 &&
+              rebnn_conv_layout_size(REBNN_WORDS, 1, 1, INT64_MAX / 2, INT64_MAX / 2) == -1,
+          "conv_layout_size");
+    BAD(rebnn_conv_layout_fill(REBNN_WORDS, 1, 1, 1, 1, NULL, layout));
+    BAD(rebnn_conv_layout_fill(REBNN_WORDS, 1, 1, 1, 1, bits, NULL));
+    BAD(rebnn_conv_layout_fill(REBNN_WORDS, 1, 1, 0, 1, bits, layout));
     printf("arguments: what cannot be is refused\n");
 }
 
@@ -779,6 +912,10 @@ int main(void)
     test_tables();
     test_linear();
     test_threads();
+    for (int kind = 0; kind < 2; kind++)
+        for (int c = 1; c < COUNT(sizes); c += 2)
+            test_conv_layout(kind ? REBNN_QUADS : REBNN_WORDS, 1 + c, sizes[c] % 130, 1 + c % 3, 1 + c % 4);
+    test_convolutions();
     for (int s = 0; s < COUNT(sizes); s++)
         test_embedding(1, sizes[s], 19, sizes[(5 * s + 3) % COUNT(sizes)]);
     for (int threads = 1; threads <= 3; threads++)
