@@ -236,6 +236,20 @@ static int64_t at_most(const uint8_t *index, int64_t count, int32_t limit, uint6
     return set;
 }
 
+#define HAS_REACHED
+static void reached(const int32_t *counts, int64_t n, int32_t total, const int32_t *limits, uint16_t *bits)
+{
+    const uint8x16_t none = vdupq_n_u8(0);
+    for (int64_t i = 0; i < n; i += 16) {
+        uint32x4_t above[4];
+        for (int j = 0; j < 4; j++) {
+            int32x4_t value = vsubq_s32(vshlq_n_s32(vld1q_s32(counts + i + 4 * j), 1), vdupq_n_s32(total));
+            above[j] = vcgeq_s32(value, vld1q_s32(limits + i + 4 * j));
+        }
+        bits[i / 16] = (uint16_t)bits_of(narrow(above[0], above[1], above[2], above[3]), none, none, none);
+    }
+}
+
 /* 16 bits of a quad, those of outputs 4 * i..4 * i + 3, as bytes of ones or zeros. */
 static inline __attribute__((always_inline)) uint8x16_t set_codes(uint64_t quad, int i)
 {

@@ -426,6 +426,24 @@ static void test_overlaps(int64_t words, int64_t n, int kind)
     release();
 }
 
+static void test_reached(int64_t n, int32_t total)
+{
+    int32_t *counts = take(n * 4), *limits = take(n * 4);
+    uint16_t *expected = take(n / 8), *bits = take(n / 8);
+    memset(expected, 0, (size_t)n / 8);
+    for (int64_t i = 0; i < n; i++) {
+        counts[i] = (int32_t)below(total + 1);
+        limits[i] = i % 7 == 6 ? INT32_MAX : i % 5 == 4 ? INT32_MIN : 2 * counts[i] - total + (int32_t)below(3) - 1;
+        expected[i / 16] |= (uint16_t)((2 * counts[i] - total >= limits[i]) << i % 16);
+    }
+    for (int i = 0; i < isa_count; i++) {
+        memset(bits, 0xa5, (size_t)n / 8);
+        isas[i]->reached(counts, n, total, limits, bits);
+        check_bytes(isas[i]->name, "reached", bits, expected, n / 8);
+    }
+    release();
+}
+
 static void test_tables(void)
 {
     static const float thresholds[] = {0, 0.25f, NAN, INFINITY, -INFINITY};
@@ -472,7 +490,9 @@ static void test_tables(void)
             test_overlaps(long_words[k], n, RANDOM);
             test_overlaps(long_words[k], n, PLUS);
         }
-    printf("tables: pack levels token layer_norm words quads mismatches table_sum at_most overlaps\n");
+    for (int64_t n = 0; n <= 80; n += 16)
+        test_reached(n, 1 + (int32_t)n);
+    printf("tables: pack levels token layer_norm words quads mismatches table_sum at_most overlaps reached\n");
 }
 
 /* ---- Layouts, codes, products --------------------------------------------------------------------------------- */
