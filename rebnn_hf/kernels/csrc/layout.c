@@ -33,7 +33,7 @@ static uint64_t word_of(const uint8_t *row, int64_t bytes, int64_t k)
 
 rebnn_status rebnn_layout_fill(rebnn_layout kind, int64_t outputs, int64_t inputs, const uint8_t *bits, void *layout)
 {
-    if (!valid(kind, outputs, inputs) || ((!bits || !layout) && outputs && inputs))
+    if (!valid(kind, outputs, inputs) || (outputs && (!layout || (!bits && inputs))))
         return REBNN_BAD_ARGUMENT;
     int64_t size = rebnn_layout_size(kind, outputs, inputs);
     if (size)

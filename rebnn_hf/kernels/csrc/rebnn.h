@@ -107,6 +107,28 @@ REBNN_API rebnn_status rebnn_linear(const rebnn_isa *isa, int threads, int64_t r
 REBNN_API rebnn_status rebnn_embedding(int threads, int64_t count, int64_t entries, int64_t width,
                                        const int64_t *index, const uint8_t *bits, const float *scale, float *y);
 
+/* 2-D convolution (cross-correlation), y = (products of the windows) * (weight_scale * input scale) + bias.
+ *   x [batch][channels][height][width]; y [batch][outputs][out_h][out_w], where out_h is
+ *   floor((height + 2 pad_h - kernel_h) / stride_h) + 1, at least 1, and out_w alike.
+ *   input: SIGN or LEVELS, shift [channels]. Codes, rounding and the other arguments are those of rebnn_linear. A
+ *   padded position adds 0 to the product: it is neither +1 nor -1, and no shift is added to it.
+ *   layout: of rebnn_conv_layout_fill, of the kind that input->bits calls for. */
+REBNN_API rebnn_status rebnn_conv2d(const rebnn_isa *isa, int threads, int64_t batch, int64_t channels, int64_t height,
+                                    int64_t width, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
+                                    int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, const float *x,
+                                    const rebnn_input *input, const void *layout, const float *weight_scale,
+                                    const float *bias, float *y);
+
+/* The layout of a convolution is that of a linear layer whose inputs are the kernel's positions, row by row, each with
+ * its channels, padded with -1 to whole words (WORDS: 64, QUADS: 4). At most REBNN_MAX_INPUTS with the padding.
+ * Bytes; -1 for bad arguments. */
+REBNN_API int64_t rebnn_conv_layout_size(rebnn_layout kind, int64_t outputs, int64_t channels, int64_t kernel_h,
+                                         int64_t kernel_w);
+
+/* bits: [outputs][ceil(channels * kernel_h * kernel_w / 8)], the elements of a row [channels][kernel_h][kernel_w]. */
+REBNN_API rebnn_status rebnn_conv_layout_fill(rebnn_layout kind, int64_t outputs, int64_t channels, int64_t kernel_h,
+                                              int64_t kernel_w, const uint8_t *bits, void *layout);
+
 /* ---- Attention ----------------------------------------------------------------------------------------------- */
 
 /* Attention over signs of queries, keys and values, with few-bit probabilities {0, 1}; sign(x) = +1 where x >= 0.
