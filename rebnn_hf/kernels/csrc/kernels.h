@@ -36,6 +36,17 @@ static void levels(const float *x, int64_t n, const float *shift, float scale, i
 }
 #endif
 
+#ifndef HAS_PLANES
+static void planes(const uint8_t *codes, int64_t n, int bits, uint64_t *result)
+{
+    int64_t words = ceil_div(n, 64);
+    memset(result, 0, (size_t)(words * bits) * 8);
+    for (int64_t j = 0; j < n; j++)
+        for (int p = 0; p < bits; p++)
+            result[p * words + j / 64] |= (uint64_t)(codes[j] >> p & 1) << (j % 64);
+}
+#endif
+
 #ifndef HAS_TOKEN
 static float token(const float *x, int64_t n, uint8_t *codes)
 {
@@ -273,9 +284,9 @@ static void reached(const int32_t *counts, int64_t n, int32_t total, const int32
 
 #define REBNN_TABLE(title, check)                                                                                     \
     {                                                                                                                 \
-        .name = title, .runs = check, .pack = pack, .levels = levels, .token = token, .layer_norm = layer_norm,       \
-        .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum, .at_most = at_most,         \
-        .overlaps = overlaps, .reached = reached,                                                                     \
+        .name = title, .runs = check, .pack = pack, .levels = levels, .planes = planes, .token = token,               \
+        .layer_norm = layer_norm, .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum,   \
+        .at_most = at_most, .overlaps = overlaps, .reached = reached,                                                 \
     }
 
 #endif
