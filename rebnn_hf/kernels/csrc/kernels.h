@@ -166,10 +166,15 @@ static inline void tile(const uint64_t *a, int64_t rows, int64_t words, const ui
 }
 #endif
 
-#ifndef HAS_WORDS
 static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, const uint64_t *layout,
                   const int32_t *ones, int64_t first, int64_t last, int64_t outputs, const epilogue *e)
 {
+#ifdef HAS_LOOKUP
+    if (rows * planes >= FEW_ROWS) {
+        words_by_lookup(a, rows, planes, words, layout, ones, first, last, outputs, e);
+        return;
+    }
+#endif
     int32_t counts[TILE_ROWS][BLOCK] __attribute__((aligned(64)));
     int64_t step = TILE_ROWS / planes;
     for (int64_t block = first; block < last; block++) {
@@ -183,7 +188,6 @@ static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, co
         }
     }
 }
-#endif
 
 #ifndef HAS_QUAD_TILE
 #define QUAD_ROWS 4
