@@ -76,6 +76,17 @@ static void levels(const float *x, int64_t n, const float *shift, float scale, i
     }
 }
 
+#define HAS_PLANES
+static void planes(const uint8_t *codes, int64_t n, int bits, uint64_t *result)
+{
+    int64_t words = ceil_div(n, 64);
+    for (int64_t k = 0; k < words; k++) {
+        __m512i values = _mm512_loadu_si512(codes + 64 * k);
+        for (int p = 0; p < bits; p++)
+            result[p * words + k] = _mm512_test_epi8_mask(values, _mm512_set1_epi8((char)(1 << p)));
+    }
+}
+
 #define HAS_TOKEN
 static float token(const float *x, int64_t n, uint8_t *codes)
 {

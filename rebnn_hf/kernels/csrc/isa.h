@@ -35,6 +35,9 @@ struct rebnn_isa {
     /* codes[j] = clip(floor((x[j] + shift[j]) / scale + 1/2), low, high) - low. */
     void (*levels)(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high,
                    uint8_t *codes);
+    /* bit j of planes[p * ceil(n / 64)...] = bit p of codes[j], for p < bits. The codes stand in a multiple of 64 bytes,
+     * those behind n are 0. */
+    void (*planes)(const uint8_t *codes, int64_t n, int bits, uint64_t *planes);
     /* codes[j] = round(x[j] / s) + 128; returns s = max|x| / 127. */
     float (*token)(const float *x, int64_t n, uint8_t *codes);
     /* y = (x - mean) / sqrt(variance + eps) * weight + bias; y may be x. */

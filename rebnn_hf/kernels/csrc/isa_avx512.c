@@ -20,6 +20,39 @@ static inline __m512i dot(__m512i sum, __m512i codes, __m512i signs)
     return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, signs), _mm512_set1_epi16(1)));
 }
 
+#define V __m512i
+#define V_LANES 4
+#define VECTORS 1
+#define ROWS_AT_ONCE 8
+#define FEW_ROWS 6
+#define V_ZERO _mm512_setzero_si512()
+#define V_BYTES(x) _mm512_set1_epi8(x)
+#define V_SAME(x) _mm512_broadcast_i32x4(x)
+#define V_SHUFFLE(table, index) _mm512_shuffle_epi8(table, index)
+#define V_AND(a, b) _mm512_and_si512(a, b)
+#define V_RIGHT4(a) _mm512_srli_epi16(a, 4)
+#define V_ADD8(a, b) _mm512_add_epi8(a, b)
+#define V_ADD16(a, b) _mm512_add_epi16(a, b)
+#define V_LOW8(a, b) _mm512_unpacklo_epi8(a, b)
+#define V_HIGH8(a, b) _mm512_unpackhi_epi8(a, b)
+#define V_LOW16(a, b) _mm512_unpacklo_epi16(a, b)
+#define V_HIGH16(a, b) _mm512_unpackhi_epi16(a, b)
+#define V_LOW32(a, b) _mm512_unpacklo_epi32(a, b)
+#define V_HIGH32(a, b) _mm512_unpackhi_epi32(a, b)
+#define V_LOW64(a, b) _mm512_unpacklo_epi64(a, b)
+#define V_HIGH64(a, b) _mm512_unpackhi_epi64(a, b)
+
+/* The words at `at` and behind it of four blocks. */
+static inline __m512i v_lanes(const uint64_t *const *blocks, int64_t at)
+{
+    __m512i lanes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(blocks[0] + at)));
+    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(blocks[1] + at)), 1);
+    lanes = _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(blocks[2] + at)), 2);
+    return _mm512_inserti32x4(lanes, _mm_loadu_si128((const __m128i *)(blocks[3] + at)), 3);
+}
+
+#include "lookup.h"
+
 #define POPCOUNT(x) popcount(x)
 #define DOT(sum, codes, signs) dot(sum, codes, signs)
 #include "avx512.h"

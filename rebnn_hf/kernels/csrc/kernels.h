@@ -36,6 +36,17 @@ static void levels(const float *x, int64_t n, const float *shift, float scale, i
 }
 #endif
 
+#ifndef HAS_PLANES
+static void planes(const uint8_t *codes, int64_t n, int bits, uint64_t *result)
+{
+    int64_t words = ceil_div(n, 64);
+    memset(result, 0, (size_t)(words * bits) * 8);
+    for (int64_t j = 0; j < n; j++)
+        for (int p = 0; p < bits; p++)
+            result[p * words + j / 64] |= (uint64_t)(codes[j] >> p & 1) << (j % 64);
+}
+#endif
+
 #ifndef HAS_TOKEN
 static float token(const float *x, int64_t n, uint8_t *codes)
 {
@@ -153,10 +164,15 @@ static inline void tile(const uint64_t *a, int64_t rows, int64_t words, const ui
 }
 #endif
 
-#ifndef HAS_WORDS
 static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, const uint64_t *layout,
                   const int32_t *ones, int64_t first, int64_t last, int64_t outputs, const epilogue *e)
 {
+#ifdef HAS_LOOKUP
+    if (rows * planes >= FEW_ROWS) {
+        words_by_lookup(a, rows, planes, words, layout, ones, first, last, outputs, e);
+        return;
+    }
+#endif
     int32_t counts[TILE_ROWS][BLOCK] __attribute__((aligned(64)));
     int64_t step = TILE_ROWS / planes;
     for (int64_t block = first; block < last; block++) {
@@ -170,7 +186,6 @@ static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, co
         }
     }
 }
-#endif
 
 #ifndef HAS_QUAD_TILE
 #define QUAD_ROWS 4
@@ -271,9 +286,9 @@ static void reached(const int32_t *counts, int64_t n, int32_t total, const int32
 
 #define REBNN_TABLE(title, check)                                                                                     \
     {                                                                                                                 \
-        .name = title, .runs = check, .pack = pack, .levels = levels, .token = token, .layer_norm = layer_norm,       \
-        .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum, .at_most = at_most,         \
-        .overlaps = overlaps, .reached = reached,                                                                     \
+        .name = title, .runs = check, .pack = pack, .levels = levels, .planes = planes, .token = token,               \
+        .layer_norm = layer_norm, .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum,   \
+        .at_most = at_most, .overlaps = overlaps, .reached = reached,                                                 \
     }
 
 #endif

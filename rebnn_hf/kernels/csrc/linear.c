@@ -61,19 +61,11 @@ static void encode_row(const rebnn_isa *isa, int64_t inputs, const float *x, con
         isa->levels(x, inputs, input->shift, input->scale, input->low, input->low + (1 << input->bits) - 1, codes);
 }
 
-static void planes_of(const uint8_t *codes, int64_t inputs, int bits, uint64_t *planes)
-{
-    int64_t words = ceil_div(inputs, 64);
-    memset(planes, 0, (size_t)(words * bits) * 8);
-    for (int64_t j = 0; j < inputs; j++)
-        for (int p = 0; p < bits; p++)
-            planes[p * words + j / 64] |= (uint64_t)(codes[j] >> p & 1) << (j % 64);
-}
-
 void encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x, const rebnn_input *input,
             uint8_t *bytes, void *codes, float *token_scale)
 {
     int64_t size = code_bytes(input, inputs);
+    memset(bytes + inputs, 0, (size_t)(round_up(inputs, 64) - inputs));
     for (int64_t m = 0; m < rows; m++, x += inputs) {
         uint8_t *row = (uint8_t *)codes + m * size;
         if (input->codes == REBNN_SIGN) {
@@ -83,7 +75,7 @@ void encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x, 
             encode_row(isa, inputs, x, input, row, token_scale + m);
         } else {
             encode_row(isa, inputs, x, input, bytes, NULL);
-            planes_of(bytes, inputs, input->bits, (uint64_t *)row);
+            isa->planes(bytes, inputs, input->bits, (uint64_t *)row);
         }
     }
 }

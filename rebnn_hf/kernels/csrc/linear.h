@@ -12,7 +12,8 @@ epilogue products(const rebnn_input *input, int64_t inputs);
 /* Bytes of the codes of a row, as the kernels read them: planes of 64-bit words, or a byte per code. */
 int64_t code_bytes(const rebnn_input *input, int64_t inputs);
 
-/* Codes of rows of x [rows][inputs]; `bytes` is scratch for one row, token_scale [rows] is for TOKEN. */
+/* Codes of rows of x [rows][inputs]; `bytes` is scratch for one row, a multiple of 64 bytes,
+ * token_scale [rows] is for TOKEN. */
 void encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x, const rebnn_input *input,
             uint8_t *bytes, void *codes, float *token_scale);
 
