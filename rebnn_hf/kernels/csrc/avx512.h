@@ -13,7 +13,7 @@ static inline __attribute__((always_inline)) void tile_of(const int ROWS, const 
     for (int r = 0; r < ROWS; r++)
         left[r] = right[r] = _mm512_setzero_si512();
     for (int64_t k = 0; k < words; k++) {
-        __m512i w0 = _mm512_load_si512(block + k * BLOCK), w1 = _mm512_load_si512(block + k * BLOCK + 8);
+        __m512i w0 = _mm512_loadu_si512(block + k * BLOCK), w1 = _mm512_loadu_si512(block + k * BLOCK + 8);
         for (int r = 0; r < ROWS; r++) {
             __m512i x = _mm512_set1_epi64((long long)a[r * words + k]);
             left[r] = _mm512_add_epi64(left[r], POPCOUNT(_mm512_xor_si512(x, w0)));

@@ -499,7 +499,7 @@ static void test_tables(void)
 
 static void *layout_of(rebnn_layout kind, int64_t outputs, int64_t inputs, const uint8_t *bits)
 {
-    void *layout = take(rebnn_layout_size(kind, outputs, inputs));
+    void *layout = take(rebnn_layout_size(kind, outputs, inputs) + 8 * below(2)); /* 64 bytes are not a must */
     rebnn_status status = rebnn_layout_fill(kind, outputs, inputs, bits, layout);
     CHECK(status == REBNN_OK, "layout_fill %d", status);
     return layout;
@@ -819,7 +819,7 @@ static void test_arguments(void)
     float x[64] = {0}, y[64], scale[64] = {0}, token_scale[2];
     uint8_t bits[64] = {0}, codes[64];
     int64_t index[2] = {0};
-    _Alignas(64) uint64_t layout[128] = {0};
+    uint64_t layout[128] = {0};
     static const rebnn_input bad_inputs[] = {
         {3, 1, 0, 1, NULL},           {-1, 1, 0, 1, NULL},            {REBNN_SIGN, 2, 0, 1, NULL},
         {REBNN_SIGN, 1, -1, 1, NULL}, {REBNN_LEVELS, 3, 0, 1, NULL},  {REBNN_LEVELS, 0, 0, 1, NULL},
