@@ -8,7 +8,7 @@ as the layers one by one, except where two ways to round a float (LayerNorm, sof
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class FusedForward:
     def __init__(self, encoder: nn.Module, layout: EncoderLayout, config):
         self.encoder, self.layout, self.config = encoder, layout, config
         self._image: Tensor | None = None
-        self._made_of: list[tuple[dict, str, nn.Module | Tensor | None, int]] = []
+        self._made_of: _Fingerprint | None = None
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         """As the encoder's own forward."""
@@ -108,10 +108,8 @@ class FusedForward:
         """
         if torch.compiler.is_compiling():
             return self._image
-        if not self._made_of or not all(
-            owner.get(name) is part and _version(part) == version for owner, name, part, version in self._made_of
-        ):
-            self._made_of = list(_parts(self.encoder))
+        if self._made_of is None or not self._made_of.holds():
+            self._made_of = _Fingerprint(self.encoder)
             self._image = self._make_image()
         return self._image
 
@@ -140,21 +138,26 @@ class FusedForward:
         """Whether someone wants to see what happens between the layers: transformers' recorder, or a user's hook."""
         if recorded("hidden_states", "attentions"):
             return True
-        hooked = (part._forward_hooks for _, _, part, _ in self._made_of if isinstance(part, nn.Module))
-        return any(hook.__name__ != "output_capturing_hook" for hooks in hooked if hooks for hook in hooks.values())
+        hooks = (hook for module in self._made_of.modules for hook in module._forward_hooks.values())
+        return any(hook.__name__ != "output_capturing_hook" for hook in hooks)
 
 
-def _parts(module: nn.Module) -> Iterator[tuple[dict, str, nn.Module | Tensor | None, int]]:
-    """Everything inside a module, with where it is kept and its version: what to look at to see that it changed."""
-    for owned in (module._parameters, module._buffers, module._modules):
-        for name, part in owned.items():
-            yield owned, name, part, _version(part)
-            if isinstance(part, nn.Module):
-                yield from _parts(part)
+class _Fingerprint:
+    """What an encoder consists of, to see that a module was replaced or a tensor changed; looked at in every call."""
 
+    def __init__(self, encoder: nn.Module):
+        self.modules = list(encoder.modules())
+        owned = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules)]
+        self._places = [(parts, name) for parts in owned for name, part in parts.items() if part is not None]
+        parts = [parts[name] for parts, name in self._places]
+        self._ids = [id(part) for part in parts]
+        self._tensors = [part for part in parts if isinstance(part, Tensor) and not part.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
 
-def _version(part: nn.Module | Tensor | None) -> int:
-    return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        same = [id(parts.get(name)) for parts, name in self._places] == self._ids
+        return same and [tensor._version for tensor in self._tensors] == self._versions
 
 
 # What a layer must be

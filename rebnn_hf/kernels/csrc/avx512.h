@@ -2,6 +2,7 @@
 #ifndef REBNN_AVX512_H
 #define REBNN_AVX512_H
 
+#include <math.h>
 #include <string.h>
 
 /* The words of rows are broadcast against 16 outputs in two registers. ROWS is constant in each copy. */
@@ -23,6 +24,12 @@ static inline __attribute__((always_inline)) void tile_of(const int ROWS, const 
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (int r = 0; r < ROWS; r++)
         _mm512_store_si512(counts[r], _mm512_permutex2var_epi32(left[r], evens, right[r]));
+}
+
+/* A mask of the first `count` of 16 lanes. */
+static inline __mmask16 first_of(int64_t count)
+{
+    return count >= 16 ? 0xffff : count > 0 ? (__mmask16)((1u << count) - 1) : 0;
 }
 
 #define HAS_TILE
@@ -106,6 +113,37 @@ static float token(const float *x, int64_t n, uint8_t *codes)
         _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
     }
     return scale;
+}
+
+#define HAS_LAYER_NORM
+static inline float sum_of_64(const __m512 *sums)
+{
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[2]), _mm512_add_ps(sums[1], sums[3])));
+}
+
+static void layer_norm(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *y)
+{
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 sums[4] = {zero, zero, zero, zero}, squares[4] = {zero, zero, zero, zero};
+    for (int64_t j = 0; j < n; j += 64)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            sums[i] = _mm512_add_ps(sums[i], _mm512_maskz_loadu_ps(first_of(n - j - 16 * i), x + j + 16 * i));
+    const __m512 mean = _mm512_set1_ps(sum_of_64(sums) / (float)n);
+    for (int64_t j = 0; j < n; j += 64)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            __mmask16 some = first_of(n - j - 16 * i);
+            __m512 centered = _mm512_maskz_sub_ps(some, _mm512_maskz_loadu_ps(some, x + j + 16 * i), mean);
+            squares[i] = _mm512_add_ps(squares[i], _mm512_mul_ps(centered, centered));
+        }
+    const __m512 inverse = _mm512_set1_ps(1 / sqrtf(sum_of_64(squares) / (float)n + eps));
+    for (int64_t j = 0; j < n; j += 16) {
+        __mmask16 some = first_of(n - j);
+        __m512 value = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, x + j), mean), inverse);
+        value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(some, weight + j));
+        _mm512_mask_storeu_ps(y + j, some, _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, bias + j)));
+    }
 }
 
 #define HAS_MISMATCHES
@@ -229,7 +267,10 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
         if (e->row_scale)
             factor = _mm512_mul_ps(scale, _mm512_set1_ps(e->row_scale[m + r]));
         __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(DOT_OF(r)), factor), bias);
-        _mm512_mask_storeu_ps(e->y + (m + r) * e->y_stride + n, some, y);
+        int64_t at = (m + r) * e->y_stride + n;
+        if (e->residual)
+            y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, e->residual + at));
+        _mm512_mask_storeu_ps(e->y + at, some, y);
     }
 #undef DOT_OF
 }

@@ -8,7 +8,7 @@
 #include "linear.h"
 #include "parallel.h"
 
-enum { ROWS = 64 /* tokens whose activations go through a block of layers while they are in the cache */ };
+enum { ROWS = 32 /* tokens whose activations go through a block of layers while they are in the cache */ };
 
 typedef struct {
     int64_t layers, width, heads, head, inner;
@@ -181,12 +181,11 @@ static void add_and_norm(encoder_call *c, scratch *s, int64_t layer, int name, c
     e.scale = field(m, layer, name + 1);
     e.bias = field(m, layer, name + 2);
     e.y = s->y;
+    e.residual = x;
     e.y_stride = m->width;
     multiply(c->isa, rows, inputs, m->width, 1, bits, field(m, layer, name), 0, ceil_div(m->width, BLOCK), &e);
     const float *weight = field(m, layer, name + 3), *bias = field(m, layer, name + 4);
     float eps = *(const float *)field(m, layer, name + 5);
-    for (int64_t i = 0; i < rows * m->width; i++)
-        s->y[i] += x[i];
     for (int64_t r = 0; r < rows; r++)
         c->isa->layer_norm(s->y + r * m->width, m->width, weight, bias, eps, x + r * m->width);
 }

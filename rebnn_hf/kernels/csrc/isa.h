@@ -9,7 +9,8 @@
 /* What becomes of the products of a row with one block of outputs. `count` is the mismatches of bits (WORDS, summed
  * with weights 2^plane) or the product of unsigned codes with signs (QUADS); ones[n] the set bits of weight row n.
  *   dot = constant + per_one * ones[n] + factor * count
- * Floats: y = dot * (scale[n] * input_scale) + bias[n], or with the scale of the row in place of input_scale.
+ * Floats: y = dot * (scale[n] * input_scale) + bias[n], or with the scale of the row in place of input_scale; then
+ *         plus residual.
  * Bits:   1 where count <= few[n] or count >= many[n] (WORDS with one plane), 16 outputs at a time into
  *         bits + m * bits_stride + block_offset[n / 16] (both in units of 16 bits).
  */
@@ -19,6 +20,7 @@ typedef struct {
     float input_scale;
     const float *row_scale; /* per row, or NULL */
     float *y;               /* NULL: bits */
+    const float *residual; /* of the shape of y, or NULL */
     int64_t y_stride;
     const int32_t *few, *many; /* padded to 16 outputs */
     uint16_t *bits;

@@ -68,31 +68,24 @@ static float token(const float *x, int64_t n, uint8_t *codes)
 #endif
 
 #ifndef HAS_LAYER_NORM
+/* 64 sums, added by halves: every instruction set adds in this order. */
+static inline float sum_of_64(float *sums)
+{
+    for (int64_t half = 32; half; half /= 2)
+        for (int64_t i = 0; i < half; i++)
+            sums[i] += sums[i + half];
+    return sums[0];
+}
+
 static void layer_norm(const float *x, int64_t n, const float *weight, const float *bias, float eps, float *y)
 {
-    enum { LANES = 16 }; /* fixed, so that every instruction set adds in the same order */
-    float sums[LANES] = {0}, squares[LANES] = {0};
-    int64_t whole = n / LANES * LANES;
-    for (int64_t j = 0; j < whole; j += LANES)
-        for (int64_t i = 0; i < LANES; i++)
-            sums[i] += x[j + i];
-    for (int64_t j = whole; j < n; j++)
-        sums[j - whole] += x[j];
-    double sum = 0;
-    for (int64_t i = 0; i < LANES; i++)
-        sum += sums[i];
-    float mean = (float)(sum / (double)n);
-    for (int64_t j = 0; j < whole; j += LANES)
-        for (int64_t i = 0; i < LANES; i++) {
-            float centered = x[j + i] - mean;
-            squares[i] += centered * centered;
-        }
-    for (int64_t j = whole; j < n; j++)
-        squares[j - whole] += (x[j] - mean) * (x[j] - mean);
-    double square = 0;
-    for (int64_t i = 0; i < LANES; i++)
-        square += squares[i];
-    float inverse = (float)(1 / sqrt(square / (double)n + (double)eps));
+    float sums[64] = {0}, squares[64] = {0};
+    for (int64_t j = 0; j < n; j++)
+        sums[j % 64] += x[j];
+    float mean = sum_of_64(sums) / (float)n;
+    for (int64_t j = 0; j < n; j++)
+        squares[j % 64] += (x[j] - mean) * (x[j] - mean);
+    float inverse = 1 / sqrtf(sum_of_64(squares) / (float)n + eps);
     for (int64_t j = 0; j < n; j++)
         y[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
 }
@@ -130,6 +123,9 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
             float dot = (float)(base[i] + e->factor * counts[r][i]);
             y[i] = dot * (scale[i] * row_scale) + bias[i];
         }
+        if (e->residual)
+            for (int64_t i = 0; i < width; i++)
+                y[i] += e->residual[(m + r) * e->y_stride + n + i];
         float *row = e->y + (m + r) * e->y_stride + n;
         if (width == BLOCK)
             memcpy(row, y, sizeof y);
