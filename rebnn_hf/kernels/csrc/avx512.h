@@ -66,18 +66,33 @@ static void pack(const float *x, int64_t n, const float *shift, float threshold,
     }
 }
 
+/* Divisions take longer than the rest of `levels` and `token`. A product with the reciprocal is within 2^-14 of the
+ * quotient wherever that matters (|code| <= 256), so it decides unless it comes closer than that to a boundary between
+ * codes; only then, and for scales whose reciprocal is not a normal number, is there a division. */
+static inline float reciprocal(float scale) { return scale > 1e-37f && scale < 1e37f ? 1 / scale : NAN; }
+
+static inline int undecided(__m512 distance) /* from the middle between boundaries that are 1 apart; NaN too */
+{
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(distance), _mm512_set1_ps(0.5f - 1.f / 4096), _CMP_NLE_UQ) != 0;
+}
+
 #define HAS_LEVELS
 static void levels(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high, uint8_t *codes)
 {
     const __m512 lowest = _mm512_set1_ps((float)low), highest = _mm512_set1_ps((float)high);
+    const __m512 half = _mm512_set1_ps(0.5f), inverse = _mm512_set1_ps(reciprocal(scale));
     for (int64_t j = 0; j < n; j += 16) {
         __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
         __m512 value = _mm512_maskz_loadu_ps(some, x + j);
         if (shift)
             value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + j));
-        value = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(scale)), _mm512_set1_ps(0.5f));
-        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        value = _mm512_min_ps(_mm512_max_ps(value, lowest), highest); /* max takes the second of NaN and a number */
+        __m512 up = _mm512_add_ps(_mm512_mul_ps(value, inverse), half);
+        __m512 level = _mm512_roundscale_ps(up, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        if (undecided(_mm512_sub_ps(_mm512_sub_ps(up, level), half))) {
+            up = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(scale)), half);
+            level = _mm512_roundscale_ps(up, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        }
+        value = _mm512_min_ps(_mm512_max_ps(level, lowest), highest); /* max takes the second of NaN and a number */
         __m512i code = _mm512_sub_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(low));
         _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
     }
@@ -104,10 +119,15 @@ static float token(const float *x, int64_t n, uint8_t *codes)
     }
     float scale = _mm512_reduce_max_ps(largest) / 127;
     scale = scale > 1.17549435e-38f ? scale : 1.17549435e-38f;
+    const __m512 inverse = _mm512_set1_ps(reciprocal(scale));
     for (int64_t j = 0; j < n; j += 16) {
         __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
-        __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(some, x + j), _mm512_set1_ps(scale));
-        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __m512 input = _mm512_maskz_loadu_ps(some, x + j), quotient = _mm512_mul_ps(input, inverse);
+        __m512 value = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        if (undecided(_mm512_sub_ps(quotient, value))) {
+            quotient = _mm512_div_ps(input, _mm512_set1_ps(scale));
+            value = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        }
         value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
         __m512i code = _mm512_add_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(128));
         _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
@@ -275,40 +295,74 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
 #undef DOT_OF
 }
 
-/* Four codes of each of 16 outputs: bits become bytes +1 and -1, once for all rows. */
-static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, const uint8_t *codes, int64_t quads,
-                                                               const uint64_t *block, int32_t (*counts)[BLOCK])
+/* Bits of codes become bytes +1 and -1 once for SIGN_ROWS rows, for two blocks of outputs at a time. */
+enum { SIGN_QUADS = 128, SIGN_ROWS = 96 };
+
+static void signs_of(const uint64_t *block, int64_t quads, __m512i *signs)
 {
-    const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
-    __m512i sums[8];
-    for (int r = 0; r < ROWS; r++)
-        sums[r] = _mm512_setzero_si512();
-    for (int64_t q = 0; q < quads; q++) {
-        __m512i signs = _mm512_mask_blend_epi8(block[q], minus, plus);
-        for (int r = 0; r < ROWS; r++) {
-            int32_t four;
-            memcpy(&four, codes + (r * quads + q) * 4, 4);
-            sums[r] = DOT(sums[r], _mm512_set1_epi32(four), signs);
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        _mm512_store_si512(counts[r], sums[r]);
+    for (int64_t q = 0; q < quads; q++)
+        signs[2 * q] = _mm512_mask_blend_epi8(block[q], _mm512_set1_epi8(-1), _mm512_set1_epi8(1));
 }
 
-#define HAS_QUAD_TILE
-#define QUAD_ROWS 8
-static inline void quad_tile(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *block,
-                             int32_t (*counts)[BLOCK])
+static inline int32_t four_codes(const uint8_t *codes)
 {
-    switch (rows) {
-    case 8: quad_tile_of(8, codes, quads, block, counts); return;
-    case 7: quad_tile_of(7, codes, quads, block, counts); return;
-    case 6: quad_tile_of(6, codes, quads, block, counts); return;
-    case 5: quad_tile_of(5, codes, quads, block, counts); return;
-    case 4: quad_tile_of(4, codes, quads, block, counts); return;
-    case 3: quad_tile_of(3, codes, quads, block, counts); return;
-    case 2: quad_tile_of(2, codes, quads, block, counts); return;
-    default: quad_tile_of(1, codes, quads, block, counts); return;
+    int32_t four;
+    memcpy(&four, codes, 4);
+    return four;
+}
+
+/* Adds the products of ROWS rows from `row` on, codes [rows][stride], to the counts unless they begin. ROWS is constant in each copy. */
+static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, const uint8_t *codes, int64_t stride,
+                                                               int64_t quads, const __m512i *signs, int64_t row,
+                                                               int begin, int32_t (*counts)[SIGN_ROWS][BLOCK])
+{
+    __m512i left[QUAD_ROWS], right[QUAD_ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        left[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[0][row + r]);
+        right[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[1][row + r]);
+    }
+    for (int64_t q = 0; q < quads; q++)
+        for (int r = 0; r < ROWS; r++) {
+            __m512i four = _mm512_set1_epi32(four_codes(codes + (row + r) * stride + 4 * q));
+            left[r] = DOT(left[r], four, signs[2 * q]);
+            right[r] = DOT(right[r], four, signs[2 * q + 1]);
+        }
+    for (int r = 0; r < ROWS; r++) {
+        _mm512_store_si512(counts[0][row + r], left[r]);
+        _mm512_store_si512(counts[1][row + r], right[r]);
+    }
+}
+
+static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
+                          int64_t outputs, const epilogue *e);
+
+#define HAS_QUAD_TILE
+#define HAS_QUADS
+static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
+                  int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+{
+    __m512i signs[SIGN_QUADS * 2];
+    int32_t counts[2][SIGN_ROWS][BLOCK] __attribute__((aligned(64)));
+    int64_t stride = 4 * quads;
+    for (int64_t block = first; block < last; block += 2) {
+        int64_t second = block + 1 < last ? block + 1 : block; /* an odd block is multiplied twice and kept once */
+        for (int64_t m = 0; m < rows; m += SIGN_ROWS) {
+            int64_t count = rows - m < SIGN_ROWS ? rows - m : SIGN_ROWS;
+            for (int64_t q = 0; q < quads || !q; q += SIGN_QUADS) { /* once for no inputs too: zeros */
+                int64_t some = quads - q < SIGN_QUADS ? quads - q : SIGN_QUADS, r = 0;
+                const uint8_t *part = codes + m * stride + 4 * q;
+                signs_of(layout + block * quads + q, some, signs);
+                signs_of(layout + second * quads + q, some, signs + 1);
+                for (; r + QUAD_ROWS <= count; r += QUAD_ROWS)
+                    quad_tile_of(QUAD_ROWS, part, stride, some, signs, r, !q, counts);
+                for (; r + 4 <= count; r += 4)
+                    quad_tile_of(4, part, stride, some, signs, r, !q, counts);
+                for (; r < count; r++)
+                    quad_tile_of(1, part, stride, some, signs, r, !q, counts);
+            }
+            for (int64_t b = block; b <= second; b++)
+                finish((const int32_t(*)[BLOCK])counts[b - block], m, count, b, ones, outputs, e);
+        }
     }
 }
 

@@ -201,6 +201,7 @@ static inline void quad_tile(const uint8_t *codes, int64_t rows, int64_t quads, 
 }
 #endif
 
+#ifndef HAS_QUADS
 static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
                   int64_t first, int64_t last, int64_t outputs, const epilogue *e)
 {
@@ -212,6 +213,7 @@ static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint6
             finish((const int32_t(*)[BLOCK])counts, m, count, block, ones, outputs, e);
         }
 }
+#endif
 
 #ifndef HAS_MISMATCHES
 static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,

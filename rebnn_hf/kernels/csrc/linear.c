@@ -6,7 +6,8 @@
 
 #include "parallel.h"
 
-enum { CHUNK_BYTES = 1 << 16, SERIAL_WORK = 1 << 24 }; /* codes per chunk; products below which threads do not pay */
+/* Codes per chunk, products below which threads do not pay. A chunk is a multiple of 8 rows, as the tiles are. */
+enum { CHUNK_BYTES = 1 << 18, SERIAL_WORK = 1 << 24 };
 
 int valid_input(const rebnn_input *input)
 {
@@ -135,7 +136,7 @@ typedef struct {
 static void run_part(linear_call *c, int64_t from, int64_t to, int64_t first, int64_t last)
 {
     int64_t size = code_bytes(c->input, c->inputs);
-    int64_t chunk = size < CHUNK_BYTES ? CHUNK_BYTES / (size ? size : 1) : 1;
+    int64_t chunk = 8 * size < CHUNK_BYTES ? CHUNK_BYTES / (8 * (size ? size : 1)) * 8 : 8;
     chunk = chunk < to - from ? chunk : to - from;
     size_t codes = (size_t)round_up(chunk * size, 64), bytes = (size_t)round_up(c->inputs, 64);
     char *scratch = aligned_alloc(64, codes + bytes + (size_t)round_up(chunk * 4, 64) + 64);
