@@ -295,37 +295,65 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
 #undef DOT_OF
 }
 
-/* Bits of codes become bytes +1 and -1 once for SIGN_ROWS rows, for two blocks of outputs at a time. */
-enum { SIGN_QUADS = 128, SIGN_ROWS = 96 };
+/* Products of two blocks of outputs at a time, for codes of 8 bits and, with LOOKUP (of the bytes of the second vector
+ * at the indices in the first), for tables. In each step, a vector of weights per block meets 4 codes or 64 bytes of tables;
+ * the bits of the layout become these vectors once for PAIR_ROWS rows. */
+enum { PAIR_STEPS = 128, PAIR_ROWS = 96 };
 
-static void signs_of(const uint64_t *block, int64_t quads, __m512i *signs)
+/* Four inputs of each output: bytes +1 and -1. */
+static void signs_of(const uint64_t *quads, int64_t steps, __m512i *weights)
 {
-    for (int64_t q = 0; q < quads; q++)
-        signs[2 * q] = _mm512_mask_blend_epi8(block[q], _mm512_set1_epi8(-1), _mm512_set1_epi8(1));
+    for (int64_t q = 0; q < steps; q++)
+        weights[2 * q] = _mm512_mask_blend_epi8(quads[q], _mm512_set1_epi8(-1), _mm512_set1_epi8(1));
 }
 
-static inline int32_t four_codes(const uint8_t *codes)
+#ifdef LOOKUP
+/* Sixteen inputs of each output: four nibbles, in bytes that say which of four tables they look up. */
+static void indices_of(const uint64_t *words, int64_t steps, __m512i *weights)
 {
-    int32_t four;
-    memcpy(&four, codes, 4);
-    return four;
+    const __m512i evens = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), odds = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+    const __m512i table = _mm512_set1_epi32(0x30201000), low = _mm512_set1_epi8(15);
+    for (int64_t k = 0; k < steps; k += 4) {
+        __m512i w0 = _mm512_loadu_si512(words + 4 * k), w1 = _mm512_loadu_si512(words + 4 * k + 8);
+        __m512i even = _mm512_permutex2var_epi64(w0, evens, w1), odd = _mm512_permutex2var_epi64(w0, odds, w1);
+        __m512i place = _mm512_set1_epi32(0x0c080400);
+        for (int t = 0; t < 4; t++, place = _mm512_add_epi8(place, _mm512_set1_epi8(16))) {
+            __m512i nibbles = _mm512_multishift_epi64_epi8(place, even);
+            nibbles = _mm512_mask_multishift_epi64_epi8(nibbles, 0xf0f0f0f0f0f0f0f0, place, odd);
+            weights[2 * (k + t)] = _mm512_ternarylogic_epi32(nibbles, low, table, 0xea); /* nibbles & low | table */
+        }
+    }
 }
+#else
+#define indices_of signs_of /* not called */
+#define LOOKUP(indices, table) table
+#endif
 
-/* Adds the products of ROWS rows from `row` on, codes [rows][stride], to the counts unless they begin. ROWS is constant in each copy. */
-static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, const uint8_t *codes, int64_t stride,
-                                                               int64_t quads, const __m512i *signs, int64_t row,
-                                                               int begin, int32_t (*counts)[SIGN_ROWS][BLOCK])
+/* Adds the products of ROWS rows from `row` on to their counts, which they begin or not. ROWS and TABLES are constant in
+ * each copy. */
+static inline __attribute__((always_inline)) void pair_tile(const int ROWS, const int TABLES, const uint8_t *codes,
+                                                            int64_t stride, int64_t steps, const __m512i *weights,
+                                                            int64_t row, int begin, int32_t (*counts)[PAIR_ROWS][BLOCK])
 {
-    __m512i left[QUAD_ROWS], right[QUAD_ROWS];
+    const __m512i one = _mm512_set1_epi8(1);
+    __m512i left[8], right[8];
     for (int r = 0; r < ROWS; r++) {
         left[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[0][row + r]);
         right[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[1][row + r]);
     }
-    for (int64_t q = 0; q < quads; q++)
+    for (int64_t q = 0; q < steps; q++)
         for (int r = 0; r < ROWS; r++) {
-            __m512i four = _mm512_set1_epi32(four_codes(codes + (row + r) * stride + 4 * q));
-            left[r] = DOT(left[r], four, signs[2 * q]);
-            right[r] = DOT(right[r], four, signs[2 * q + 1]);
+            const uint8_t *x = codes + (row + r) * stride + (TABLES ? 64 : 4) * q;
+            if (TABLES) {
+                __m512i table = _mm512_load_si512(x);
+                left[r] = DOT(left[r], LOOKUP(weights[2 * q], table), one);
+                right[r] = DOT(right[r], LOOKUP(weights[2 * q + 1], table), one);
+            } else {
+                int32_t four;
+                memcpy(&four, x, 4);
+                left[r] = DOT(left[r], _mm512_set1_epi32(four), weights[2 * q]);
+                right[r] = DOT(right[r], _mm512_set1_epi32(four), weights[2 * q + 1]);
+            }
         }
     for (int r = 0; r < ROWS; r++) {
         _mm512_store_si512(counts[0][row + r], left[r]);
@@ -336,34 +364,47 @@ static inline __attribute__((always_inline)) void quad_tile_of(const int ROWS, c
 static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
                           int64_t outputs, const epilogue *e);
 
-#define HAS_QUAD_TILE
-#define HAS_QUADS
-static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
-                  int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+static inline __attribute__((always_inline)) void by_pairs(const int TABLES, const uint8_t *codes, int64_t rows,
+                                                           int64_t steps, const uint64_t *layout, const int32_t *ones,
+                                                           int64_t first, int64_t last, int64_t outputs,
+                                                           const epilogue *e)
 {
-    __m512i signs[SIGN_QUADS * 2];
-    int32_t counts[2][SIGN_ROWS][BLOCK] __attribute__((aligned(64)));
-    int64_t stride = 4 * quads;
+    __m512i weights[PAIR_STEPS * 2];
+    int32_t counts[2][PAIR_ROWS][BLOCK] __attribute__((aligned(64)));
+    int64_t stride = (TABLES ? 64 : 4) * steps, words = TABLES ? 4 : 1; /* of a step in the layout */
     for (int64_t block = first; block < last; block += 2) {
         int64_t second = block + 1 < last ? block + 1 : block; /* an odd block is multiplied twice and kept once */
-        for (int64_t m = 0; m < rows; m += SIGN_ROWS) {
-            int64_t count = rows - m < SIGN_ROWS ? rows - m : SIGN_ROWS;
-            for (int64_t q = 0; q < quads || !q; q += SIGN_QUADS) { /* once for no inputs too: zeros */
-                int64_t some = quads - q < SIGN_QUADS ? quads - q : SIGN_QUADS, r = 0;
-                const uint8_t *part = codes + m * stride + 4 * q;
-                signs_of(layout + block * quads + q, some, signs);
-                signs_of(layout + second * quads + q, some, signs + 1);
-                for (; r + QUAD_ROWS <= count; r += QUAD_ROWS)
-                    quad_tile_of(QUAD_ROWS, part, stride, some, signs, r, !q, counts);
+        for (int64_t m = 0; m < rows; m += PAIR_ROWS) {
+            int64_t count = rows - m < PAIR_ROWS ? rows - m : PAIR_ROWS;
+            for (int64_t q = 0; q < steps || !q; q += PAIR_STEPS) { /* once for no inputs too: zeros */
+                int64_t some = steps - q < PAIR_STEPS ? steps - q : PAIR_STEPS, r = 0;
+                const uint8_t *part = codes + m * stride + (TABLES ? 64 : 4) * q;
+                for (int64_t b = block; b <= block + 1; b++) {
+                    const uint64_t *from = layout + ((b < last ? b : block) * steps + q) * words;
+                    if (TABLES)
+                        indices_of(from, some, weights + b - block);
+                    else
+                        signs_of(from, some, weights + b - block);
+                }
+                for (; r + 8 <= count; r += 8)
+                    pair_tile(8, TABLES, part, stride, some, weights, r, !q, counts);
                 for (; r + 4 <= count; r += 4)
-                    quad_tile_of(4, part, stride, some, signs, r, !q, counts);
+                    pair_tile(4, TABLES, part, stride, some, weights, r, !q, counts);
                 for (; r < count; r++)
-                    quad_tile_of(1, part, stride, some, signs, r, !q, counts);
+                    pair_tile(1, TABLES, part, stride, some, weights, r, !q, counts);
             }
             for (int64_t b = block; b <= second; b++)
                 finish((const int32_t(*)[BLOCK])counts[b - block], m, count, b, ones, outputs, e);
         }
     }
+}
+
+#define HAS_QUAD_TILE
+#define HAS_QUADS
+static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
+                  int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+{
+    by_pairs(0, codes, rows, quads, layout, ones, first, last, outputs, e);
 }
 
 #include "kernels.h"

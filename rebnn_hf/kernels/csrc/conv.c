@@ -66,7 +66,7 @@ typedef struct {
     const float *weight_scale, *bias;
     float *y;
     int64_t out_h, out_w;
-    int64_t planes, pixel; /* codes of a pixel: so many planes of so many bytes */
+    int64_t planes, pixel; /* codes of a pixel: so many planes (or 1 of tables or bytes) of so many bytes */
     int64_t inputs;        /* of the layout */
     const float *unit;     /* [outputs] ones: the kernels return products, scales follow with the padding's share */
     const float *padding;  /* [positions][outputs]: what to add where a position is padded; NULL: nothing */
@@ -78,7 +78,7 @@ typedef struct {
     uint8_t *image;   /* codes of padded rows [rows][planes][width + 2 pad_w][pixel] */
     uint8_t *zero;    /* [planes][pixel]: a padded pixel */
     float *floats;    /* [GROUP][channels] */
-    uint8_t *bytes;   /* [channels] */
+    uint8_t *bytes;   /* [channels], a multiple of 64 */
     uint8_t *codes;   /* [GROUP][planes][pixel] */
     uint8_t *windows; /* [chunk][planes][positions][pixel] */
     float *products;  /* [chunk][stride] */
@@ -86,17 +86,11 @@ typedef struct {
 } scratch;
 
 /* Code 0 of every channel where codes have a 0; of SIGN that is all -1, which `padding` puts right. */
-static void make_zero(const conv_call *c, uint8_t *zero)
+static void make_zero(const conv_call *c, uint8_t *bytes, uint8_t *zero)
 {
-    uint32_t code = (uint32_t)-c->input->low;
-    memset(zero, 0, (size_t)(c->planes * c->pixel));
-    for (int64_t channel = 0; channel < c->channels; channel++)
-        for (int64_t p = 0; p < c->planes; p++) {
-            if (c->input->bits == 8)
-                zero[channel] = (uint8_t)code;
-            else
-                zero[p * c->pixel + channel / 8] |= (uint8_t)((code >> p & 1) << (channel % 8));
-        }
+    memset(bytes, 0, (size_t)round_up(c->channels, 64));
+    memset(bytes, -c->input->low, (size_t)c->channels);
+    arrange(c->isa, c->channels, c->input->bits, bytes, zero);
 }
 
 static void put_pixel(const conv_call *c, uint8_t *row, int64_t column, const uint8_t *codes)
@@ -184,7 +178,7 @@ static void run_part(conv_call *c, int64_t from, int64_t to)
     rows = ((rows < c->out_h ? rows : c->out_h) - 1) * c->stride_h + c->kernel_h;
     s.chunk = CHUNK_BYTES / (window + s.stride * 4);
     s.chunk = s.chunk < 16 ? 16 : s.chunk < 256 ? s.chunk / 16 * 16 : 256;
-    int64_t sizes[] = {rows * row, c->planes * c->pixel, GROUP * c->channels * 4, c->channels,
+    int64_t sizes[] = {rows * row, c->planes * c->pixel, GROUP * c->channels * 4, round_up(c->channels, 64),
                        GROUP * c->planes * c->pixel, s.chunk * window, s.chunk * s.stride * 4};
     uint8_t *parts[7];
     int64_t size = 64;
@@ -200,7 +194,7 @@ static void run_part(conv_call *c, int64_t from, int64_t to)
         parts[i] = parts[i - 1] + round_up(sizes[i - 1], 64);
     s.image = parts[0], s.zero = parts[1], s.floats = (float *)parts[2], s.bytes = parts[3], s.codes = parts[4];
     s.windows = parts[5], s.products = (float *)parts[6];
-    make_zero(c, s.zero);
+    make_zero(c, s.bytes, s.zero);
     for (int64_t end; from < to; from = end) {
         int64_t image = from / area, start = image * area;
         end = to < start + area ? to : start + area;
@@ -276,8 +270,8 @@ rebnn_status rebnn_conv2d(const rebnn_isa *isa, int threads, int64_t batch, int6
         return REBNN_BAD_ARGUMENT;
     c.out_h = (height + 2 * pad_h - kernel_h) / stride_h + 1;
     c.out_w = (width + 2 * pad_w - kernel_w) / stride_w + 1;
-    c.planes = input->bits == 8 ? 1 : input->bits;
-    c.pixel = code_bytes(input, channels) / c.planes;
+    c.planes = code_arrays(isa, input);
+    c.pixel = code_bytes(isa, input, channels) / c.planes;
     int64_t positions = input->codes == REBNN_SIGN && (pad_h || pad_w) ? kernel_h * kernel_w : 0;
     float *unit = malloc((size_t)(outputs * (1 + positions)) * sizeof *unit);
     if (!unit)

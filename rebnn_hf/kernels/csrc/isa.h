@@ -48,6 +48,12 @@ struct rebnn_isa {
     /* a [rows][planes][words] against blocks first..last-1 of a WORDS layout. `outputs` is their total number. */
     void (*words)(const uint64_t *a, int64_t rows, int planes, int64_t words, const uint64_t *layout,
                   const int32_t *ones, int64_t first, int64_t last, int64_t outputs, const epilogue *e);
+    /* NULL, or what takes the place of planes and words for codes of 2 and 4 bits: tables of 16 bytes per 4 codes,
+     *   tables[16 * j + i] = sum over the 4 codes of (bit set in i ? 2^bits - 1 - code : code), j < 16 * ceil(n / 64),
+     * the mismatches of these codes with signs i. The codes stand as for `planes`, the tables at a multiple of 64. */
+    void (*tables)(const uint8_t *codes, int64_t n, int bits, uint8_t *tables);
+    void (*lookups)(const uint8_t *tables, int64_t rows, int64_t words, const uint64_t *layout, const int32_t *ones,
+                    int64_t first, int64_t last, int64_t outputs, const epilogue *e);
     /* codes [rows][4 * quads] against blocks of a QUADS layout. */
     void (*quads)(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
                   int64_t first, int64_t last, int64_t outputs, const epilogue *e);

@@ -55,7 +55,6 @@ static inline __m512i v_lanes(const uint64_t *const *blocks, int64_t at)
 
 #define POPCOUNT(x) popcount(x)
 #define DOT(sum, codes, signs) dot(sum, codes, signs)
-#define QUAD_ROWS 8
 #include "avx512.h"
 
 static int runs(void) { return cpu_has_avx512(); }

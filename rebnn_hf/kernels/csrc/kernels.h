@@ -282,11 +282,12 @@ static void reached(const int32_t *counts, int64_t n, int32_t total, const int32
 }
 #endif
 
-#define REBNN_TABLE(title, check)                                                                                     \
+/* title, runs, and what there is besides. */
+#define REBNN_TABLE(title, ...)                                                                                       \
     {                                                                                                                 \
-        .name = title, .runs = check, .pack = pack, .levels = levels, .planes = planes, .token = token,               \
-        .layer_norm = layer_norm, .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum,   \
-        .at_most = at_most, .overlaps = overlaps, .reached = reached,                                                 \
+        .name = title, .pack = pack, .levels = levels, .planes = planes, .token = token, .layer_norm = layer_norm,    \
+        .words = words, .quads = quads, .mismatches = mismatches, .table_sum = table_sum, .at_most = at_most,         \
+        .overlaps = overlaps, .reached = reached, .runs = __VA_ARGS__,                                                \
     }
 
 #endif

@@ -7,7 +7,7 @@
 #include "parallel.h"
 
 /* Codes per chunk, products below which threads do not pay. A chunk is a multiple of 8 rows, as the tiles are. */
-enum { CHUNK_BYTES = 1 << 18, SERIAL_WORK = 1 << 24 };
+enum { CHUNK_BYTES = 1 << 19, SERIAL_WORK = 1 << 24 };
 
 int valid_input(const rebnn_input *input)
 {
@@ -47,8 +47,17 @@ epilogue products(const rebnn_input *input, int64_t inputs)
     return e;
 }
 
-int64_t code_bytes(const rebnn_input *input, int64_t inputs)
+static int by_tables(const rebnn_isa *isa, int bits) { return isa->tables && (bits == 2 || bits == 4); }
+
+int code_arrays(const rebnn_isa *isa, const rebnn_input *input)
 {
+    return input->bits == 8 || by_tables(isa, input->bits) ? 1 : input->bits;
+}
+
+int64_t code_bytes(const rebnn_isa *isa, const rebnn_input *input, int64_t inputs)
+{
+    if (by_tables(isa, input->bits))
+        return ceil_div(inputs, 64) * 256;
     return input->bits == 8 ? round_up(inputs, 4) : ceil_div(inputs, 64) * 8 * input->bits;
 }
 
@@ -62,10 +71,20 @@ static void encode_row(const rebnn_isa *isa, int64_t inputs, const float *x, con
         isa->levels(x, inputs, input->shift, input->scale, input->low, input->low + (1 << input->bits) - 1, codes);
 }
 
+void arrange(const rebnn_isa *isa, int64_t inputs, int bits, const uint8_t *bytes, uint8_t *codes)
+{
+    if (bits == 8)
+        memcpy(codes, bytes, (size_t)round_up(inputs, 4));
+    else if (by_tables(isa, bits))
+        isa->tables(bytes, inputs, bits, codes);
+    else
+        isa->planes(bytes, inputs, bits, (uint64_t *)codes);
+}
+
 void encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x, const rebnn_input *input,
             uint8_t *bytes, void *codes, float *token_scale)
 {
-    int64_t size = code_bytes(input, inputs);
+    int64_t size = code_bytes(isa, input, inputs);
     memset(bytes + inputs, 0, (size_t)(round_up(inputs, 64) - inputs));
     for (int64_t m = 0; m < rows; m++, x += inputs) {
         uint8_t *row = (uint8_t *)codes + m * size;
@@ -76,7 +95,7 @@ void encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, const float *x, 
             encode_row(isa, inputs, x, input, row, token_scale + m);
         } else {
             encode_row(isa, inputs, x, input, bytes, NULL);
-            isa->planes(bytes, inputs, input->bits, (uint64_t *)row);
+            arrange(isa, inputs, input->bits, bytes, row);
         }
     }
 }
@@ -91,8 +110,11 @@ void multiply(const rebnn_isa *isa, int64_t rows, int64_t inputs, int64_t output
         isa->quads(codes, rows, quads, weights, (const int32_t *)(weights + blocks * quads), first, last, outputs, e);
     } else {
         int64_t words = ceil_div(inputs, 64);
-        isa->words(codes, rows, bits, words, weights, (const int32_t *)(weights + blocks * words * BLOCK), first, last,
-                   outputs, e);
+        const int32_t *ones = (const int32_t *)(weights + blocks * words * BLOCK);
+        if (by_tables(isa, bits))
+            isa->lookups(codes, rows, words, weights, ones, first, last, outputs, e);
+        else
+            isa->words(codes, rows, bits, words, weights, ones, first, last, outputs, e);
     }
 }
 
@@ -135,7 +157,7 @@ typedef struct {
 /* Rows [from, to) with blocks [first, last) of outputs. */
 static void run_part(linear_call *c, int64_t from, int64_t to, int64_t first, int64_t last)
 {
-    int64_t size = code_bytes(c->input, c->inputs);
+    int64_t size = code_bytes(c->isa, c->input, c->inputs);
     int64_t chunk = 8 * size < CHUNK_BYTES ? CHUNK_BYTES / (8 * (size ? size : 1)) * 8 : 8;
     chunk = chunk < to - from ? chunk : to - from;
     size_t codes = (size_t)round_up(chunk * size, 64), bytes = (size_t)round_up(c->inputs, 64);
