@@ -1,4 +1,4 @@
-/* The inner loops of both AVX-512 files, which define POPCOUNT (of each 64-bit lane) and USE_VNNI. Internal. */
+/* The inner loops of both AVX-512 files, which define POPCOUNT, DOT, WIDEN and PAIR_STEPS. Internal. */
 #ifndef REBNN_AVX512_H
 #define REBNN_AVX512_H
 
@@ -66,33 +66,18 @@ static void pack(const float *x, int64_t n, const float *shift, float threshold,
     }
 }
 
-/* Divisions take longer than the rest of `levels` and `token`. A product with the reciprocal is within 2^-14 of the
- * quotient wherever that matters (|code| <= 256), so it decides unless it comes closer than that to a boundary between
- * codes; only then, and for scales whose reciprocal is not a normal number, is there a division. */
-static inline float reciprocal(float scale) { return scale > 1e-37f && scale < 1e37f ? 1 / scale : NAN; }
-
-static inline int undecided(__m512 distance) /* from the middle between boundaries that are 1 apart; NaN too */
-{
-    return _mm512_cmp_ps_mask(_mm512_abs_ps(distance), _mm512_set1_ps(0.5f - 1.f / 4096), _CMP_NLE_UQ) != 0;
-}
-
 #define HAS_LEVELS
 static void levels(const float *x, int64_t n, const float *shift, float scale, int32_t low, int32_t high, uint8_t *codes)
 {
     const __m512 lowest = _mm512_set1_ps((float)low), highest = _mm512_set1_ps((float)high);
-    const __m512 half = _mm512_set1_ps(0.5f), inverse = _mm512_set1_ps(reciprocal(scale));
     for (int64_t j = 0; j < n; j += 16) {
         __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
         __m512 value = _mm512_maskz_loadu_ps(some, x + j);
         if (shift)
             value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + j));
-        __m512 up = _mm512_add_ps(_mm512_mul_ps(value, inverse), half);
-        __m512 level = _mm512_roundscale_ps(up, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        if (undecided(_mm512_sub_ps(_mm512_sub_ps(up, level), half))) {
-            up = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(scale)), half);
-            level = _mm512_roundscale_ps(up, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        }
-        value = _mm512_min_ps(_mm512_max_ps(level, lowest), highest); /* max takes the second of NaN and a number */
+        value = _mm512_add_ps(_mm512_div_ps(value, _mm512_set1_ps(scale)), _mm512_set1_ps(0.5f));
+        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        value = _mm512_min_ps(_mm512_max_ps(value, lowest), highest); /* max takes the second of NaN and a number */
         __m512i code = _mm512_sub_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(low));
         _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
     }
@@ -119,15 +104,10 @@ static float token(const float *x, int64_t n, uint8_t *codes)
     }
     float scale = _mm512_reduce_max_ps(largest) / 127;
     scale = scale > 1.17549435e-38f ? scale : 1.17549435e-38f;
-    const __m512 inverse = _mm512_set1_ps(reciprocal(scale));
     for (int64_t j = 0; j < n; j += 16) {
         __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
-        __m512 input = _mm512_maskz_loadu_ps(some, x + j), quotient = _mm512_mul_ps(input, inverse);
-        __m512 value = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        if (undecided(_mm512_sub_ps(quotient, value))) {
-            quotient = _mm512_div_ps(input, _mm512_set1_ps(scale));
-            value = _mm512_roundscale_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        }
+        __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(some, x + j), _mm512_set1_ps(scale));
+        value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
         __m512i code = _mm512_add_epi32(_mm512_cvttps_epi32(value), _mm512_set1_epi32(128));
         _mm512_mask_cvtepi32_storeu_epi8(codes + j, some, code);
@@ -297,8 +277,9 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
 
 /* Products of two blocks of outputs at a time, for codes of 8 bits and, with LOOKUP (of the bytes of the second vector
  * at the indices in the first), for tables. In each step, a vector of weights per block meets 4 codes or 64 bytes of tables;
- * the bits of the layout become these vectors once for PAIR_ROWS rows. */
-enum { PAIR_STEPS = 128, PAIR_ROWS = 96 };
+ * the bits of the layout become these vectors once for PAIR_ROWS rows and PAIR_STEPS steps, in which the sums cannot
+ * overflow; WIDEN makes them 32-bit. */
+enum { PAIR_ROWS = 96 };
 
 /* Four inputs of each output: bytes +1 and -1. */
 static void signs_of(const uint64_t *quads, int64_t steps, __m512i *weights)
@@ -337,10 +318,8 @@ static inline __attribute__((always_inline)) void pair_tile(const int ROWS, cons
 {
     const __m512i one = _mm512_set1_epi8(1);
     __m512i left[8], right[8];
-    for (int r = 0; r < ROWS; r++) {
-        left[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[0][row + r]);
-        right[r] = begin ? _mm512_setzero_si512() : _mm512_load_si512(counts[1][row + r]);
-    }
+    for (int r = 0; r < ROWS; r++)
+        left[r] = right[r] = _mm512_setzero_si512();
     for (int64_t q = 0; q < steps; q++)
         for (int r = 0; r < ROWS; r++) {
             const uint8_t *x = codes + (row + r) * stride + (TABLES ? 64 : 4) * q;
@@ -356,6 +335,12 @@ static inline __attribute__((always_inline)) void pair_tile(const int ROWS, cons
             }
         }
     for (int r = 0; r < ROWS; r++) {
+        left[r] = WIDEN(left[r]);
+        right[r] = WIDEN(right[r]);
+        if (!begin) {
+            left[r] = _mm512_add_epi32(left[r], _mm512_load_si512(counts[0][row + r]));
+            right[r] = _mm512_add_epi32(right[r], _mm512_load_si512(counts[1][row + r]));
+        }
         _mm512_store_si512(counts[0][row + r], left[r]);
         _mm512_store_si512(counts[1][row + r], right[r]);
     }

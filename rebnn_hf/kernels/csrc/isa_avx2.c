@@ -122,6 +122,116 @@ static void planes(const uint8_t *codes, int64_t n, int bits, uint64_t *result)
     }
 }
 
+/* Bits of 4 inputs of 16 outputs become bytes +1 and -1, for all rows of a chunk; 64 sums of two products with codes of at
+ * most 255 fit into 16 bits. */
+enum { SIGN_STEPS = 64, SIGN_ROWS = 96 };
+
+static void signs_of(const uint64_t *quads, int64_t steps, __m256i *signs)
+{
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201), one = _mm256_set1_epi8(1);
+    for (int64_t i = 0; i < 2 * steps; i++) {
+        int32_t eight;
+        memcpy(&eight, (const char *)quads + 4 * i, 4);
+        __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(eight), byte), bit);
+        signs[i] = _mm256_or_si256(_mm256_cmpeq_epi8(bits, _mm256_setzero_si256()), one);
+    }
+}
+
+/* Adds the products of ROWS rows from `row` on to their counts, which they begin or not. ROWS is constant in each copy. */
+static inline __attribute__((always_inline)) void sign_tile(const int ROWS, const uint8_t *codes, int64_t stride,
+                                                            int64_t steps, const __m256i *signs, int64_t row, int begin,
+                                                            int32_t (*counts)[BLOCK])
+{
+    __m256i left[4], right[4];
+    for (int r = 0; r < ROWS; r++)
+        left[r] = right[r] = _mm256_setzero_si256();
+    for (int64_t q = 0; q < steps; q++)
+        for (int r = 0; r < ROWS; r++) {
+            int32_t four;
+            memcpy(&four, codes + (row + r) * stride + 4 * q, 4);
+            left[r] = _mm256_add_epi16(left[r], _mm256_maddubs_epi16(_mm256_set1_epi32(four), signs[2 * q]));
+            right[r] = _mm256_add_epi16(right[r], _mm256_maddubs_epi16(_mm256_set1_epi32(four), signs[2 * q + 1]));
+        }
+    for (int r = 0; r < ROWS; r++) {
+        __m256i *at = (__m256i *)counts[row + r], one = _mm256_set1_epi16(1);
+        left[r] = _mm256_madd_epi16(left[r], one);
+        right[r] = _mm256_madd_epi16(right[r], one);
+        _mm256_store_si256(at, begin ? left[r] : _mm256_add_epi32(_mm256_load_si256(at), left[r]));
+        _mm256_store_si256(at + 1, begin ? right[r] : _mm256_add_epi32(_mm256_load_si256(at + 1), right[r]));
+    }
+}
+
+#define HAS_QUAD_TILE
+#define HAS_QUADS
+static void quads(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
+                  int64_t first, int64_t last, int64_t outputs, const epilogue *e)
+{
+    __m256i signs[2 * SIGN_STEPS];
+    int32_t counts[SIGN_ROWS][BLOCK] __attribute__((aligned(64)));
+    int64_t stride = 4 * quads;
+    for (int64_t block = first; block < last; block++)
+        for (int64_t m = 0; m < rows; m += SIGN_ROWS) {
+            int64_t count = rows - m < SIGN_ROWS ? rows - m : SIGN_ROWS;
+            for (int64_t q = 0; q < quads || !q; q += SIGN_STEPS) { /* once for no inputs too: zeros */
+                int64_t some = quads - q < SIGN_STEPS ? quads - q : SIGN_STEPS, r = 0;
+                signs_of(layout + block * quads + q, some, signs);
+                for (; r + 4 <= count; r += 4)
+                    sign_tile(4, codes + m * stride + 4 * q, stride, some, signs, r, !q, counts);
+                for (; r < count; r++)
+                    sign_tile(1, codes + m * stride + 4 * q, stride, some, signs, r, !q, counts);
+            }
+            finish((const int32_t(*)[BLOCK])counts, m, count, block, ones, outputs, e);
+        }
+}
+
+/* Set bits of each 64-bit lane. */
+static inline __m256i popcount(__m256i x)
+{
+    const __m256i table = V_SAME(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4)), low = _mm256_set1_epi8(15);
+    __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(x, low));
+    __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi64(x, 4), low));
+    return _mm256_sad_epu8(_mm256_add_epi8(first, second), _mm256_setzero_si256());
+}
+
+#define HAS_MISMATCHES
+static void mismatches(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,
+                       uint8_t *result)
+{
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t w = 0; w < words; w++) {
+            __m256i key = _mm256_loadu_si256((const __m256i *)(keys + w * stride + j));
+            sum = _mm256_add_epi64(sum, popcount(_mm256_xor_si256(_mm256_set1_epi64x((long long)query[w]), key)));
+        }
+        uint64_t four[4];
+        _mm256_storeu_si256((__m256i *)four, sum);
+        for (int i = 0; i < 4; i++)
+            result[j + i] = (uint8_t)four[i];
+    }
+    for (; j < count; j++) {
+        int differ = 0;
+        for (int64_t w = 0; w < words; w++)
+            differ += __builtin_popcountll(query[w] ^ keys[w * stride + j]);
+        result[j] = (uint8_t)differ;
+    }
+}
+
+#define HAS_OVERLAPS
+static void overlaps(const uint64_t *a, const uint64_t *b, int64_t words, int64_t n, int32_t *counts)
+{
+    for (int64_t i = 0; i < n; i += 4) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t w = 0; w < words; w++) {
+            __m256i value = _mm256_loadu_si256((const __m256i *)(b + w * n + i));
+            sum = _mm256_add_epi64(sum, popcount(_mm256_and_si256(_mm256_set1_epi64x((long long)a[w]), value)));
+        }
+        const __m256i evens = _mm256_setr_epi32(0, 2, 4, 6, 0, 0, 0, 0);
+        _mm_storeu_si128((__m128i *)(counts + i), _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(sum, evens)));
+    }
+}
+
 #include "kernels.h"
 
 static int runs(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt"); }

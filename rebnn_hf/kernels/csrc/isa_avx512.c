@@ -14,10 +14,10 @@ static inline __m512i popcount(__m512i x)
     return _mm512_sad_epu8(_mm512_add_epi8(low, high), _mm512_setzero_si512());
 }
 
-/* Codes are at most 255 and signs +-1: sums of two fit into 16 bits. */
+/* Codes are at most 255 and signs +-1: sums of two fit into 16 bits, and 64 such sums. */
 static inline __m512i dot(__m512i sum, __m512i codes, __m512i signs)
 {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, signs), _mm512_set1_epi16(1)));
+    return _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, signs));
 }
 
 #define V __m512i
@@ -55,6 +55,8 @@ static inline __m512i v_lanes(const uint64_t *const *blocks, int64_t at)
 
 #define POPCOUNT(x) popcount(x)
 #define DOT(sum, codes, signs) dot(sum, codes, signs)
+#define WIDEN(sum) _mm512_madd_epi16(sum, _mm512_set1_epi16(1))
+#define PAIR_STEPS 64
 #include "avx512.h"
 
 static int runs(void) { return cpu_has_avx512(); }

@@ -13,6 +13,8 @@ static inline __m512i dot(__m512i sum, __m512i codes, __m512i signs)
 
 #define POPCOUNT(x) _mm512_popcnt_epi64(x)
 #define DOT(sum, codes, signs) dot(sum, codes, signs)
+#define WIDEN(sum) sum
+#define PAIR_STEPS 128
 #define LOOKUP(indices, table) _mm512_permutexvar_epi8(indices, table)
 #include "avx512.h"
 
