@@ -89,6 +89,7 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
+@torch.compiler.assume_constant_result  # what looks for the library cannot be traced
 def available() -> bool:
     """Whether the library is there."""
     return not isinstance(_load(), str)
