@@ -166,7 +166,7 @@ def lsq_gradient(scale: Tensor, elements: int, largest_code: int = 1) -> Tensor:
         elements: N, number of inputs that share the scale.
         largest_code: largest level, 1 for 1-bit activations.
     """
-    return _GradientFactor.apply(scale, 1 / math.sqrt(elements * largest_code))
+    return _GradientFactor.apply(scale, 1 / math.sqrt(max(elements, 1) * largest_code))
 
 
 def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
