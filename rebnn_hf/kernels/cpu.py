@@ -18,6 +18,7 @@ from torch import Tensor
 ABI_VERSION = 1
 WORDS, QUADS = 0, 1  # rebnn_layout
 CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
+ALIGNMENT = 64  # bytes, of layouts and images
 HEADER_BYTES = 128  # of an encoder's image
 ISA_ENVIRONMENT = "REBNN_ISA"
 _NAME = "librebnn.dylib" if sys.platform == "darwin" else "librebnn.so"
@@ -163,6 +164,11 @@ def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -
         )
 
 
+def _aligned(buffer: Tensor) -> Tensor:
+    """Itself, or a copy at an address that the kernels can read: buffers from files may begin anywhere."""
+    return buffer.clone() if buffer.data_ptr() % ALIGNMENT else buffer
+
+
 # What it computes
 
 
@@ -225,6 +231,7 @@ def linear(
     _expect("bias", bias, torch.float32, outputs)
     size = _library().rebnn_layout_size(QUADS if width == 8 else WORDS, outputs, inputs)
     _expect("layout", layout, torch.uint8, size)
+    layout = _aligned(layout)
     described = _input(codes, width, low, scale, shift, inputs)
     y = torch.empty(len(x), outputs)
     pointers = map(_pointer, (layout, weight_scale, bias, y))
@@ -281,6 +288,7 @@ def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> None:
     mask = None if mask is None else mask.contiguous()
     _expect("mask", mask, torch.bool, *hidden.shape[:2])
     _expect("image", image, torch.uint8, image.numel())
+    image = _aligned(image)
     width = image[:HEADER_BYTES].view(torch.int64)[3].item() if image.numel() >= HEADER_BYTES else None
     if width != hidden.shape[2]:
         raise ValueError(f"hidden has {hidden.shape[2]} features, and the image is of an encoder with {width}.")
