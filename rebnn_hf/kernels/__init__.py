@@ -181,8 +181,8 @@ def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> Tensor:
 
     Args:
         hidden: [B, S, D].
-        mask: None, or what transformers adds to scores, [B, 1, S, S] or [B, 1, 1, S]: 0 for keys that count, for all
-            queries of a sequence the same.
+        mask: None, or what transformers adds to scores, [B, 1, S, S] or [B, 1, 1, S] (B may be 1): 0 for keys that
+            count, for all queries of a sequence the same, and at most `EXCLUDED` for the others.
         image: see `image.py`.
 
     Returns:
@@ -224,13 +224,15 @@ def _float_product(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _embedding(indices, bits, weight_scale, width):
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must be int32 or int64, got {indices.dtype}.")
     scale = weight_scale.detach().float().contiguous()
     rows = cpu.embedding(indices.reshape(-1).long().contiguous(), bits.contiguous(), scale, width)
     return rows.view(*indices.shape, width).to(weight_scale.dtype)
 
 
 def _attention(query, key, value, mask, table, threshold, scale):
-    mask = None if mask is None else padding_mask(mask, query.shape[2])
+    mask = None if mask is None else padding_mask(mask, query.shape[2]).expand(len(query), -1)
     table = None if table is None else table.detach().float().contiguous()
     signed = (x.detach().float().contiguous() for x in (query, key, value))
     return cpu.attention(*signed, mask, table, float(threshold), float(scale)).to(query.dtype)
@@ -238,13 +240,22 @@ def _attention(query, key, value, mask, table, threshold, scale):
 
 def _encoder(hidden, mask, image):
     result = hidden.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    cpu.encoder(result, None if mask is None else padding_mask(mask, hidden.shape[1]), image)
+    mask = None if mask is None else padding_mask(mask, hidden.shape[1]).expand(len(hidden), -1)
+    cpu.encoder(result, mask, image)
     return result.to(hidden.dtype)
 
 
+EXCLUDED = -1e4
+"""A number that keeps a key out whatever its score; a score that a mask only lowers is not padding."""
+
+
 def is_padding(mask: Tensor, length: int) -> bool:
-    """Whether a mask of scores says of each key the same to all queries."""
-    return mask.shape[1] == 1 and mask.shape[-1] == length and bool((mask == mask[:, :, :1]).all())
+    """Whether a mask of scores says of each key the same to all queries: it counts, or it does not."""
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-1] != length or not mask.shape[2]:
+        return False
+    first = mask[:, :, :1]
+    plain = mask.dtype == torch.bool or bool(((first == 0) | (first <= EXCLUDED)).all())
+    return plain and bool((mask == first).all())
 
 
 def padding_mask(mask: Tensor, length: int) -> Tensor:
