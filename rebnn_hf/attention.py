@@ -169,17 +169,19 @@ def binary_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention = getattr(module, "binary_attention", _float_attention)
-    if _engine_serves(attention, query, attention_mask, scaling, dropout):
+    if _engine_serves(attention, (query, key, value), attention_mask, scaling, dropout):
         parts = attention.table(query.shape[-1], scaling), attention.threshold(), attention.context_scale()
         return kernels.attention(query, key, value, attention_mask, *parts), None
     context, weights = attention(query, key, value, attention_mask, scaling, dropout)
     return context.transpose(1, 2).contiguous(), weights
 
 
-def _engine_serves(attention, query: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> bool:
+def _engine_serves(attention, inputs: tuple[Tensor, ...], mask: Tensor | None, scaling: float, dropout: float) -> bool:
     """Whether the engine can compute this call: it knows 1-bit attention and padding, no gradients, no weights."""
-    binary = isinstance(attention, BoolAttention | ElasticAttention)
-    if not binary or dropout or not kernels.serves(query) or (torch.is_grad_enabled() and query.requires_grad):
+    query, binary = inputs[0], isinstance(attention, BoolAttention | ElasticAttention)
+    if not binary or dropout or not kernels.serves(query):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *attention.parameters())):
         return False
     head = query.shape[-1]
     if head % 16 or head > 240 or recorded("attentions") or torch.compiler.is_compiling():
