@@ -14,6 +14,7 @@ Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.ex
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -197,7 +198,11 @@ FLOAT_ROWS = 256
 
 def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift):
     inputs = x.shape[-1]
-    rows = x.detach().reshape(-1, inputs).float().contiguous()
+    if bits.dtype != torch.uint8 or bits.shape[1] != (inputs + 7) // 8:
+        raise ValueError(
+            f"bits of {inputs} features are uint8 [O, {(inputs + 7) // 8}], got {bits.dtype} {(*bits.shape,)}."
+        )
+    rows = x.detach().reshape(math.prod(x.shape[:-1]), inputs).float().contiguous()
     weight_scale = weight_scale.detach().float().contiguous()
     bias = None if bias is None else bias.detach().float().contiguous()
     if codes == "float":
