@@ -206,7 +206,7 @@ class PackedLinear(_Packed, nn.Linear):
         super().__init__(in_features, out_features, bias, device="meta")
         self.register_module("input_binarizer", None)
         self._init_bits(out_features, in_features, device, dtype)
-        self._layout, self._layout_of = None, None
+        self._layout, self._layout_of = None, (None,)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
 
@@ -222,7 +222,13 @@ class PackedLinear(_Packed, nn.Linear):
         return cls(linear.in_features, linear.out_features, linear.bias is not None, weight.device, weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`scale * (x b^T) + bias`: [..., M] -> [..., O]."""
+        """`scale * (x b^T) + bias`: [..., M] -> [..., O].
+
+        Raises:
+            ValueError: x has other than M features.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs of {self.in_features} features, got {tuple(x.shape)}.")
         codes = engine_codes(self.input_binarizer) if kernels.serves(x) else None
         if codes is None:
             return self.reference(x)
@@ -237,11 +243,17 @@ class PackedLinear(_Packed, nn.Linear):
         bits. None while a compiler traces, where they are made in each call unless the layer ran before."""
         if torch.compiler.is_compiling():
             return self._layout
-        version = 0 if self.weight.is_inference() else self.weight._version
-        made_of = (kind, self.weight.data_ptr(), version)
-        if self._layout_of != made_of:
-            self._layout, self._layout_of = kernels.cpu.layout(self.weight, self.in_features, kind), made_of
+        weight, (made_of, *state) = self.weight, self._layout_of
+        version = 0 if weight.is_inference() else weight._version
+        # The tensor itself too: another one can get the address of one that is gone.
+        if made_of is not weight or state != [kind, weight.data_ptr(), version]:
+            self._layout = kernels.cpu.layout(weight, self.in_features, kind)
+            self._layout_of = (weight, kind, weight.data_ptr(), version)
         return self._layout
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles make their layouts themselves."""
+        return {**self.__dict__, "_layout": None, "_layout_of": (None,)}
 
     def reference(self, x: Tensor) -> Tensor:
         """What `forward` computes, in floats and with gradients."""
