@@ -271,6 +271,8 @@ class _BoolThrough(torch.autograd.Function):
         ctx.save_for_backward(scores)
         ctx.ties = ties
         compare = torch.ge if ties == "up" else torch.gt
+        if torch.compiler.is_compiling():
+            return compare(scores, 0).to(scores.dtype)
         return compare(scores, 0, out=torch.empty_like(scores))
 
     @staticmethod
