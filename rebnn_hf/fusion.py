@@ -116,10 +116,10 @@ class FusedForward:
     def _make_image(self) -> Tensor | None:
         try:
             self.check()
+            with torch.no_grad():
+                layers = [_fields(block, self.layout, self.config) for block in self.encoder.layer]
         except NotFusableError:
             return None
-        with torch.no_grad():
-            layers = [_fields(block, self.layout, self.config) for block in self.encoder.layer]
         first = self.layout.of(self.encoder.layer[0])
         width, inner = first.query.in_features, first.inner.out_features
         return make_image(width, self.config.num_attention_heads, inner, layers)
