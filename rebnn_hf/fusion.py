@@ -31,7 +31,8 @@ def fuse(model: PreTrainedModel, enabled: bool = True) -> str | None:
 
     Calls that need more than the last hidden state (`output_hidden_states`, attentions, gradients, other masks than
     padding), and other devices, go through the layers one by one as before. At padded positions the fused encoder
-    gives zeros.
+    gives zeros. Changed parameters and modules are noticed, except through `parameter.data.add_()` and the like, which
+    torch does not count: call `fuse` again.
 
     Args:
         model: packed, with 1-bit activations and attention, of the BERT family.
@@ -109,9 +110,14 @@ class FusedForward:
         if torch.compiler.is_compiling():
             return self._image
         if self._made_of is None or not self._made_of.holds():
-            self._made_of = _Fingerprint(self.encoder)
+            made_of = _Fingerprint(self.encoder)
             self._image = self._make_image()
+            self._made_of = made_of  # last, so that no other thread takes the old image for the new one
         return self._image
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles make their images themselves."""
+        return {**self.__dict__, "_image": None, "_made_of": None}
 
     def _make_image(self) -> Tensor | None:
         try:
@@ -148,7 +154,7 @@ class _Fingerprint:
     def __init__(self, encoder: nn.Module):
         self.modules = list(encoder.modules())
         owned = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules)]
-        self._places = [(parts, name) for parts in owned for name, part in parts.items() if part is not None]
+        self._places = [(parts, name) for parts in owned for name in parts]
         parts = [parts[name] for parts, name in self._places]
         self._ids = [id(part) for part in parts]
         self._tensors = [part for part in parts if isinstance(part, Tensor) and not part.is_inference()]
