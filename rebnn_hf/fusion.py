@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -21,6 +22,9 @@ from .attention import BoolAttention, ElasticAttention, recorded
 from .binarizers import engine_codes
 from .kernels.image import make_image
 from .layers import PackedLinear
+
+HARMLESS_HOOKS = ("output_capturing_hook", "_require_implementation")
+"""Names of hooks that see nothing in a fused call: transformers' recorder, idle, and a check of `attention`."""
 
 NEVER = 2**31 - 1
 """A limit that no count reaches."""
@@ -84,7 +88,7 @@ class FusedForward:
         """As the encoder's own forward."""
         if self._can_serve(hidden_states, attention_mask, kwargs):
             image = self.image()
-            if image is not None and not self._inner_outputs_wanted():
+            if image is not None and not self._watched():
                 last = kernels.encoder(hidden_states, attention_mask, image)
                 return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
         return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
@@ -131,8 +135,7 @@ class FusedForward:
         return make_image(width, self.config.num_attention_heads, inner, layers)
 
     def _can_serve(self, hidden: Tensor, mask: Tensor | None, kwargs: dict) -> bool:
-        differentiable = torch.is_grad_enabled() and hidden.requires_grad
-        if self.encoder.training or differentiable or not kernels.serves(hidden):
+        if self.encoder.training or not kernels.serves(hidden) or self._differentiable(hidden):
             return False
         if hidden.shape[1] > self.config.max_position_embeddings or kwargs.get("past_key_values") is not None:
             return False
@@ -140,24 +143,33 @@ class FusedForward:
             return False
         return torch.compiler.is_compiling() or mask is None or kernels.is_padding(mask, hidden.shape[1])
 
-    def _inner_outputs_wanted(self) -> bool:
-        """Whether someone wants to see what happens between the layers: transformers' recorder, or a user's hook."""
-        if recorded("hidden_states", "attentions"):
+    def _differentiable(self, hidden: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return hidden.requires_grad or any(parameter.requires_grad for parameter in self.encoder.parameters())
+
+    def _watched(self) -> bool:
+        """Whether something happens between the layers: transformers' recorder, a user's hook, dropout by itself."""
+        if recorded("hidden_states", "attentions") or _global_forward_hooks or _global_forward_pre_hooks:
             return True
-        hooks = (hook for module in self._made_of.modules for hook in module._forward_hooks.values())
-        return any(hook.__name__ != "output_capturing_hook" for hook in hooks)
+        hooks = (hook for registry in self._made_of.hooks if registry for hook in registry.values())
+        if any(getattr(hook, "__name__", None) not in HARMLESS_HOOKS for hook in hooks):
+            return True
+        return any(module.training for module in self._made_of.modules)
 
 
 class _Fingerprint:
     """What an encoder consists of, to see that a module was replaced or a tensor changed; looked at in every call."""
 
     def __init__(self, encoder: nn.Module):
-        self.modules = list(encoder.modules())
-        owned = [part for m in self.modules for part in (m._parameters, m._buffers, m._modules)]
+        modules = list(encoder.modules())
+        self.hooks = [registry for m in modules for registry in (m._forward_hooks, m._forward_pre_hooks)]
+        self.modules = [m for m in modules if not isinstance(m, nn.ModuleList)]  # a shortened one is new: "in training"
+        owned = [part for m in modules for part in (m._parameters, m._buffers, m._modules)]
         self._places = [(parts, name) for parts in owned for name in parts]
-        parts = [parts[name] for parts, name in self._places]
-        self._ids = [id(part) for part in parts]
-        self._tensors = [part for part in parts if isinstance(part, Tensor) and not part.is_inference()]
+        self._parts = [parts[name] for parts, name in self._places]  # kept, so that no other one gets their ids
+        self._ids = [id(part) for part in self._parts]
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor) and not part.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
 
     def holds(self) -> bool:
