@@ -77,7 +77,7 @@ static int64_t field_size(const encoder *m, int name)
     case INNER_FEW: case INNER_MANY:
         return inner;
     case TABLE:
-        return (m->head + 1) * 4;
+        return round_up(m->head + 1, 16) * 4; /* read in whole vectors */
     case THRESHOLD: case OUTPUT_EPS: case OUTER_EPS: case INNER_UNSIGNED:
         return 4;
     default:
@@ -99,7 +99,8 @@ static int read_image(const void *image, int64_t size, encoder *m)
         return 0;
     *m = (encoder){header[LAYERS], header[WIDTH], header[HEADS], header[HEAD], header[INNER], image, header + HEADER};
     if (m->layers < 0 || m->layers > 4096 || m->width < 1 || m->width > 65536 || !valid_head(m->head) ||
-        m->heads < 1 || m->heads * m->head != m->width || m->inner < 1 || m->inner > REBNN_MAX_INPUTS ||
+        m->heads < 1 || m->heads > m->width || m->heads * m->head != m->width || m->inner < 1 ||
+        m->inner > REBNN_MAX_INPUTS ||
         size < (HEADER + m->layers * FIELDS) * 8)
         return 0;
     for (int64_t layer = 0; layer < m->layers; layer++)
