@@ -163,7 +163,7 @@ class _Fingerprint:
 
     def __init__(self, encoder: nn.Module):
         modules = list(encoder.modules())
-        self.hooks = [registry for m in modules for registry in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks = [registry for m in modules[1:] for registry in (m._forward_hooks, m._forward_pre_hooks)]
         self.modules = [m for m in modules if not isinstance(m, nn.ModuleList)]  # a shortened one is new: "in training"
         owned = [part for m in modules for part in (m._parameters, m._buffers, m._modules)]
         self._places = [(parts, name) for parts in owned for name in parts]
