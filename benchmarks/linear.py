@@ -27,6 +27,7 @@ from rebnn_hf.activations import ActivationRule
 from rebnn_hf.binarizers import binarizer_of, engine_codes
 from rebnn_hf.kernels import cpu
 from rebnn_hf.layers import PackedLinear
+from rebnn_hf.packing import pack_signs
 from rebnn_hf.timing import CLOCKS, Contender, Row, compare, environment, interleave, table, threads
 
 SHAPES = ["128x768x768", "128x3072x768", "128x768x3072", "1x768x768", "32x1536x384", "4096x768x768"]
@@ -44,7 +45,7 @@ def packed_layer(rule: ActivationRule, x: Tensor, outputs: int) -> PackedLinear:
     """A packed layer with random bits, and scales of its inputs found from x [N, M]."""
     inputs = x.shape[-1]
     layer = PackedLinear(inputs, outputs).requires_grad_(False).eval()
-    layer.weight.random_()
+    layer.weight = pack_signs(torch.rand(outputs, inputs) < 0.5)
     layer.weight_scale.fill_(inputs**-0.5)
     layer.bias.zero_()
     layer.input_binarizer = binarizer_of(rule, inputs)

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from .architecture import encoder_of
 from .fusion import fuse
@@ -25,6 +26,57 @@ from .timing import Contender, Row, compare, interleave, threads
 
 BASELINES = ("torch fp32", "torch bf16", "torch int8", "ORT fp32", "ORT int8")
 ONNX_PACKAGES = ("onnx", "onnxruntime")
+
+
+# The models
+
+
+def load(name: str, packed: bool) -> PreTrainedModel:
+    """A packed model, or a float one, from a folder or the Hub, in eval mode, as the class that it was saved as.
+
+    Raises:
+        ValueError: there is none, or it is of the other kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{name!r} is no model: neither a folder with a config.json that transformers knows, nor a name on the Hub "
+            "that can be reached from here."
+        ) from None
+    saved = getattr(config, "quantization_config", {}) or {}
+    is_packed = saved.get("quant_method") == "rebnn" and saved.get("state") == "packed"
+    if packed and not is_packed:
+        raise ValueError(f"{name!r} is not a packed model; save what rebnn_hf.pack(model) returns and give its folder.")
+    if not packed and saved:
+        raise ValueError(f"{name!r} is not a float model: its config has quant_method={saved.get('quant_method')!r}.")
+    architecture = (config.architectures or ["AutoModel"])[0]
+    return getattr(transformers, architecture, AutoModel).from_pretrained(name).eval()
+
+
+def longest(model: PreTrainedModel) -> int:
+    """Tokens that a model can read at once."""
+    return getattr(model.config, "max_position_embeddings", 2**31)
+
+
+def float_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A float model of the same shape with random weights, which do not change how long it takes."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    return type(model)(type(model.config).from_dict(config)).eval()
+
+
+def check_twins(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Refuse models that do not read the same tokens or do not have the same shape.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        mine, theirs = (getattr(m.config, key, None) for m in (model, other))
+        if mine != theirs:
+            raise ValueError(
+                f"the float model has {key}={theirs!r} and the packed one {mine!r}: it was made from another."
+            )
 
 
 def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
@@ -37,22 +89,15 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, 
         raise ValueError(
             f"{type(model).__name__} reads {model.main_input_name}; only models that read text can run here."
         )
-    longest = getattr(model.config, "max_position_embeddings", length)
-    if batch < 1 or not 1 <= length <= longest:
+    if batch < 1 or not 1 <= length <= longest(model):
         raise ValueError(
-            f"{batch} x {length} tokens do not fit: batches start at 1, and lengths go from 1 to {longest}."
+            f"{batch} x {length} tokens do not fit: the batch must be at least 1, the length 1 to {longest(model)}."
         )
     ids = torch.randint(model.config.vocab_size, (batch, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def float_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A float model of the same shape with random weights, which do not change how long it takes."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    return type(model)(type(model.config).from_dict(config)).eval()
-
-
-# The models one could run instead
+# What one could run instead
 
 
 def missing_for_onnx() -> list[str]:
@@ -113,7 +158,7 @@ class _FirstOutput(nn.Module):
 
 def export_onnx(model: PreTrainedModel, path: Path) -> None:
     """Write a model for inputs of any batch and length, by tracing: its graphs run faster than those of `dynamo`."""
-    inputs = random_inputs(model, 2, 16)
+    inputs = random_inputs(model, 2, min(16, longest(model)))
     torch.onnx.export(
         _FirstOutput(model, inputs).eval(),
         tuple(inputs.values()),

@@ -51,7 +51,8 @@ def interleave(
     """Time all contenders in rounds: forth, then back, so that nobody has the same neighbours all the time.
 
     In its turn a contender runs once untimed, which brings its data into the caches and lets the threads of the one
-    before go to sleep, and then as often as fits into `turn` (found before the first round), at least once.
+    before go to sleep, and then as often as fits into `turn`, at least once. A first round is left out: it finds out
+    how often that is.
 
     Args:
         contenders: with different names.
@@ -61,14 +62,21 @@ def interleave(
 
     Returns:
         Seconds per call of each round, by name.
+
+    Raises:
+        ValueError: no rounds.
     """
-    fastest = {c.name: min(_turn(c, 1, clock) for _ in range(3)) for c in contenders}
-    calls = {name: max(1, math.ceil(turn / max(seconds, 1e-9))) for name, seconds in fastest.items()}
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} measures nothing; at least 1 is needed.")
     times: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for number in range(rounds):
-        for contender in contenders if number % 2 == 0 else reversed(contenders):
-            times[contender.name].append(_turn(contender, calls[contender.name], clock))
-    return times
+    fastest = dict.fromkeys(times, math.inf)
+    for number in range(rounds + 1):
+        for contender in contenders if number % 2 else reversed(contenders):
+            name = contender.name
+            seconds = _turn(contender, max(1, math.ceil(turn / fastest[name])), clock)
+            fastest[name] = max(min(fastest[name], seconds), 1e-9)
+            times[name].append(seconds)
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def _turn(contender: Contender, calls: int, clock: Callable[[], float]) -> float:
@@ -130,15 +138,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """So many threads for torch and the engine, for the time of a `with` block.
+def check_threads(number: int) -> None:
+    """Refuse what cannot be measured.
 
     Raises:
         ValueError: fewer than one, or more than there are cores: they would only wait for each other.
     """
     if not 1 <= number <= cores():
         raise ValueError(f"{number} threads cannot be measured: this process may use {cores()} core(s).")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads for torch and the engine, for the time of a `with` block; see `check_threads`."""
+    check_threads(number)
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

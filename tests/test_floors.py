@@ -31,6 +31,7 @@ FLOORS = {
     "projections": 5,
     "report": 5,
     "resilience": 5,
+    "cli": 6,
     "int8": 6,
     "integrations": 6,
     "trainer": 6,
