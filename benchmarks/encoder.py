@@ -6,7 +6,7 @@ has float inputs and attention, `W1A8 token` is that one after `use_int8_inputs`
 
 Tables of `speed`, of `padding` (a batch of 8 in which lengths go from an eighth to the whole, beside batches without
 padding) and of `memory` (what loading a checkpoint and one forward pass of 1 x 128 add to the resident memory of a
-process that has used a small model before; word embeddings and pooler are 1-bit too).
+process that has used a small model before, once every tensor was read; word embeddings and pooler are 1-bit too).
 
     python benchmarks/encoder.py --threads 1 2
     python benchmarks/encoder.py --model minilm-l6 --size 1x128 --tables speed
@@ -111,7 +111,9 @@ def resident():
 def run(folder):
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.inference_mode():
-        model(input_ids=torch.arange(int(sys.argv[3]))[None])
+        model(input_ids=torch.zeros(1, 128, dtype=torch.long))
+        for tensor in model.state_dict().values():
+            tensor.flatten()[::512].clone()  # files are mapped: pages that were never read are not there yet
     return model
 
 torch.set_num_threads(1)
@@ -126,7 +128,6 @@ def memory(name: str, options: argparse.Namespace) -> list[Row]:
     """Resident memory that a loaded model takes, in MiB, each in processes of its own."""
     everything = {"word_embeddings": True, "pooler": True}
     makers = {"float32": float_model, "W1A1": partial(packed_model, preset=W1A1, **everything)}
-    length = min(128, MODELS[name].vocab_size)
     found: dict[str, list[float]] = {which: [] for which in makers}
     with tempfile.TemporaryDirectory() as folder:
         files = {}
@@ -137,7 +138,7 @@ def memory(name: str, options: argparse.Namespace) -> list[Row]:
         for _ in range(options.processes):
             for which, values in found.items():
                 paths = (f"{folder}/{which}/{model}" for model in ("tiny", name))
-                command = [sys.executable, "-c", RESIDENT, *paths, str(length)]
+                command = [sys.executable, "-c", RESIDENT, *paths]
                 result = subprocess.run(command, capture_output=True, text=True, check=True)
                 values.append(int(result.stdout) / 2**10)
     medians = {which: statistics.median(values) for which, values in found.items()}
