@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rebnn_hf.kernels import cpu
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -94,3 +96,92 @@ def test_size_table_agrees_with_the_files(capsys):
         assert rows["head"][column] == (2 * 768 + 2) * itemsize
     assert rows["encoder"]["packed, rest float32"] * 32 == rows["encoder"]["fp32 model"] == 7_077_888 * 4
     assert "| word_embeddings | 93,763,584 | 2,930,112 | 2,930,112 |" in capsys.readouterr().out
+
+
+needs_engine = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
+
+
+@needs_engine
+def test_linear(capsys):
+    linear = load("linear")
+    rows = linear.main(["--shape", "3x20x40", "2x16x100", "--rounds", "3"])
+    contenders = ["W1A1 call", "W1A1 layer", "W1A2 call", "W1A2 layer", "W1A4 call", "W1A4 layer"]
+    contenders += ["W1A8 token call", "W1A8 token layer", "W1A32 layer", *linear.BASELINES]
+    assert [r["contender"] for r in rows] == contenders * 2
+    for r in rows:
+        baseline = next(b for b in rows if b["shape"] == r["shape"] and b["contender"] == "torch int8")
+        assert r["x torch int8"] == pytest.approx(baseline["median us"] / r["median us"])
+        products = 3 * 20 * 40 if r["shape"] == "3x20x40" else 2 * 16 * 100
+        assert r["T MAC/s"] * 1e12 == pytest.approx(products / (r["median us"] * 1e-6))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"torch {torch.__version__}") and f"engine {cpu.isa_name()}, 3 interleaved" in printed
+    assert printed.count("| W1A1 layer ") == 2
+
+
+@needs_engine
+def test_linear_calls_compute_the_layers_they_are_compared_with():
+    linear = load("linear")
+    x = torch.randn(5, 70)
+    contenders = {c.name: c.call for c in linear.engine(x, 33)}
+    for name in ("W1A1", "W1A2", "W1A4", "W1A8 token"):
+        layer = contenders[f"{name} layer"].func
+        assert torch.equal(contenders[f"{name} call"](), layer(x)), name
+        torch.testing.assert_close(layer(x), layer.reference(x))
+    widths = {name: contenders[f"{name} layer"].func.input_binarizer for name in linear.INPUTS}
+    assert {n: getattr(b, "bits", None) for n, b in widths.items()} == {
+        "W1A1": 1,
+        "W1A2": 2,
+        "W1A4": 4,
+        "W1A8 token": None,
+        "W1A32": None,
+    }
+
+
+@needs_engine
+def test_linear_forces_each_instruction_set(monkeypatch):
+    linear = load("linear")
+    used = []
+    monkeypatch.setattr(linear.cpu, "linear", lambda *_: used.append(cpu.isa_name()))
+    runs = [name for name, here in cpu.instruction_sets().items() if here]
+    rows = linear.main(["--shape", "2x8x64", "--rounds", "1", "--isa"])
+    assert [r["contender"] for r in rows] == [*runs, *linear.BASELINES]
+    assert list(dict.fromkeys(used)) == runs[::-1]  # the first round goes back
+
+
+@needs_engine
+def test_encoder(capsys):
+    encoder = load("encoder")
+    options = ["--model", "tiny", "--size", "1x8", "2x4", "--padded", "16", "--rounds", "2", "--processes", "1"]
+    tables = encoder.main(options)
+    assert list(tables) == ["speed", "padding", "memory"]
+    ours = ["W1A1", "W1A1 layered", "W1A8 token", "W1A32"]
+    for size in ("1 x 8", "2 x 4"):
+        rows = [r for r in tables["speed"] if r["batch x tokens"] == size]
+        floats = [r["contender"] for r in rows[4:]]
+        assert [r["contender"] for r in rows[:4]] == ours and floats[:3] == ["torch fp32", "torch bf16", "torch int8"]
+        assert all(r["x torch fp32"] == pytest.approx(rows[4]["median ms"] / r["median ms"]) for r in rows)
+    names = ["8 x 16", "72 tokens padded to 8 x 16", "8 x 9"]
+    assert [(r["model"], r["contender"]) for r in tables["padding"]] == [
+        (model, name) for model in ("W1A1", "torch fp32") for name in names
+    ]
+    small, packed = tables["memory"]
+    assert small["model"] == "tiny float32" and packed["file MiB"] < small["file MiB"]
+    assert packed["x less"] == pytest.approx(small["resident MiB"] / packed["resident MiB"])
+    printed = capsys.readouterr().out
+    assert "tiny, W1A1\n12 layer(s) in one call of the engine: bert.encoder.layer.*.attention.self.query" in printed
+    assert "tiny, W1A1 layered\n12 layer(s) by the engine, each in a call of its own" in printed
+
+
+def test_encoder_models_do_not_share_a_config():
+    encoder = load("encoder")
+    if cpu.available():
+        encoder.packed_model("tiny", encoder.W1A1)
+    assert encoder.float_model("tiny").config._attn_implementation == "sdpa"
+    types = {type(m).__name__ for m in encoder.float_model("tiny").modules()}
+    assert "Linear" in types and not types & {"BinaryLinear", "PackedLinear", "ElasticAttention"}
+
+
+@pytest.mark.parametrize("name, wrong", [("linear", ["--rounds", "x"]), ("encoder", ["--model", "huge"])])
+def test_engine_benchmarks_refuse(name, wrong):
+    with pytest.raises(SystemExit):
+        load(name).main(wrong)

@@ -1,0 +1,163 @@
+"""What packed models are measured against, and where their layers are computed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+import rebnn_hf
+from rebnn_hf import ReBNNConfig, benchmark, fusion, kernels
+from rebnn_hf.layers import PackedLinear
+
+needs_engine = pytest.mark.skipif(not kernels.cpu.available(), reason=kernels.cpu.why_not())
+CONFIG = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 16,
+}
+BLOCK = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+BLOCK += ("intermediate.dense", "output.dense")
+INSIDE = {f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in BLOCK}
+
+
+def float_model():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**CONFIG)).eval()
+
+
+def packed_model(preset="rebnn-bit-w1a1", **overrides):
+    model = rebnn_hf.binarize(float_model(), ReBNNConfig.preset(preset, **overrides)).eval()
+    rebnn_hf.calibrate(model, benchmark.random_inputs(model, 2, 8))
+    return rebnn_hf.pack(model)
+
+
+def named(where, place):
+    return {name for name, found in where.items() if found == place}
+
+
+@needs_engine
+def test_places_of_a_fused_model_and_of_the_same_layer_by_layer():
+    model = packed_model(word_embeddings=True)
+    inputs = benchmark.random_inputs(model, 2, 8)
+    where = benchmark.places(model, inputs)
+    assert named(where, "fused") == INSIDE
+    assert named(where, "engine") == {"bert.embeddings.word_embeddings"}
+    assert named(where, "float") == {
+        "bert.embeddings.position_embeddings",
+        "bert.embeddings.token_type_embeddings",
+        "bert.pooler.dense",
+        "classifier",
+    }
+    apart = benchmark.layered(model)
+    where = benchmark.places(apart, inputs)
+    assert named(where, "engine") == INSIDE | {"bert.embeddings.word_embeddings"} and not named(where, "fused")
+    assert fusion.is_fused(model) and not fusion.is_fused(apart)
+
+
+@needs_engine
+def test_places_are_those_of_the_run_not_of_the_settings():
+    model = packed_model()
+    inputs = benchmark.random_inputs(model, 2, 8)
+    with kernels.use_backend("reference"):
+        assert named(benchmark.places(model, inputs), "reference") == INSIDE
+    model.bert.encoder.layer[1].output.dense.forward = lambda x: PackedLinear.reference(
+        model.bert.encoder.layer[1].output.dense, x
+    )
+    apart = benchmark.places(benchmark.layered(model), inputs)
+    assert named(apart, "reference") == {"bert.encoder.layer.1.output.dense"}
+    assert named(apart, "engine") == INSIDE - {"bert.encoder.layer.1.output.dense"}
+
+
+def test_description_counts_and_groups():
+    where = {"layer.0.query": "fused", "layer.11.query": "fused", "head": "float", "layer.0.key2": "fused"}
+    assert benchmark.describe(where).splitlines() == [
+        "3 layer(s) in one call of the engine: layer.*.query, layer.*.key2",
+        "1 layer(s) float: head",
+    ]
+
+
+def test_float_twin_has_the_shape_and_nothing_of_the_method():
+    model = packed_model()
+    twin = benchmark.float_twin(model)
+    assert type(twin) is BertForSequenceClassification and not twin.training
+    assert {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in float_model().named_parameters()}
+    assert all(type(m) is nn.Linear for m in twin.modules() if isinstance(m, nn.Linear))
+    assert twin.config._attn_implementation == "sdpa" and not hasattr(twin.config, "quantization_config")
+    assert model.config.quantization_config.state == "packed"
+    benchmark.check_twins(model, twin)
+
+
+@pytest.mark.parametrize("key, value", [("vocab_size", 51), ("hidden_size", 64), ("num_hidden_layers", 1)])
+def test_other_float_models_are_refused(key, value):
+    other = BertForSequenceClassification(BertConfig(**{**CONFIG, key: value}))
+    with pytest.raises(ValueError, match=rf"the float model has {key}={value} and the packed one {CONFIG[key]}"):
+        benchmark.check_twins(packed_model(), other)
+
+
+def test_inputs():
+    inputs = benchmark.random_inputs(float_model(), 3, 16)
+    assert inputs["input_ids"].shape == (3, 16) and inputs["input_ids"].dtype == torch.int64
+    assert inputs["input_ids"].max() < 50 and inputs["attention_mask"].all()
+    for batch, length in ((0, 4), (1, 0), (1, 17)):
+        with pytest.raises(ValueError, match=f"{batch} x {length} tokens do not fit.*1 to 16"):
+            benchmark.random_inputs(float_model(), batch, length)
+    vision = ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=32)
+    )
+    with pytest.raises(ValueError, match="reads pixel_values"):
+        benchmark.random_inputs(vision, 1, 4)
+
+
+def test_load(tmp_path):
+    model, other = packed_model(), float_model()
+    model.save_pretrained(tmp_path / "packed")
+    other.save_pretrained(tmp_path / "float")
+    loaded = benchmark.load(str(tmp_path / "packed"), packed=True)
+    assert type(loaded) is BertForSequenceClassification and not loaded.training
+    assert isinstance(loaded.bert.encoder.layer[0].output.dense, PackedLinear)
+    assert type(benchmark.load(str(tmp_path / "float"), packed=False).classifier) is nn.Linear
+    with pytest.raises(ValueError, match="is not a packed model"):
+        benchmark.load(str(tmp_path / "float"), packed=True)
+    with pytest.raises(ValueError, match="is not a float model: its config has quant_method='rebnn'"):
+        benchmark.load(str(tmp_path / "packed"), packed=False)
+    with pytest.raises(ValueError, match="nowhere' is no model"):
+        benchmark.load(str(tmp_path / "nowhere"), packed=True)
+
+
+def test_contenders_compute_what_the_float_model_computes(tmp_path):
+    """Each in its precision: those that are measured are the same function."""
+    model = float_model()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # logits that differ by more than rounding
+    inputs = benchmark.random_inputs(model, 2, 8)
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        contenders = benchmark.FloatModels(model, tmp_path).contenders(inputs, 1)
+        outputs = {c.name: c.call() for c in contenders}
+    missing = benchmark.missing_for_onnx()
+    assert list(outputs) == [n for n in benchmark.BASELINES if not (missing and n.startswith("ORT"))]
+    spread = expected.std()
+    for name, output in outputs.items():
+        logits = torch.as_tensor(output[0]).float()
+        tolerance = 1e-5 if name.endswith("fp32") else 0.3
+        assert (logits - expected).abs().max() < tolerance * spread, name
+        assert name.endswith("fp32") or not torch.equal(logits, expected), name
+
+
+def test_race_measures_all_on_the_same_inputs(tmp_path):
+    model = packed_model()
+    floats = benchmark.FloatModels(copy.deepcopy(benchmark.float_twin(model)), tmp_path)
+    rows = benchmark.race({"packed": model}, floats, benchmark.random_inputs(model, 2, 8), 1, 3)
+    present = [n for n in benchmark.BASELINES if n in floats.models or n in floats.files]
+    assert [row["contender"] for row in rows] == ["packed", *present]
+    for row in rows:
+        assert (row["batch x tokens"], row["threads"]) == ("2 x 8", 1)
+        for other in rows[1:]:
+            assert row[f"x {other['contender']}"] == pytest.approx(other["median ms"] / row["median ms"])
+    with pytest.raises(ValueError, match="cannot be measured"):
+        benchmark.race({}, floats, benchmark.random_inputs(model, 2, 8), 1000, 3)
