@@ -26,6 +26,9 @@ from .layers import PackedLinear
 HARMLESS_HOOKS = ("output_capturing_hook", "_require_implementation")
 """Names of hooks that see nothing in a fused call: transformers' recorder, idle, and a check of `attention`."""
 
+PRODUCTS = 64
+"""Integers for which a layer's outputs are evaluated at a time: little memory beside the model's own."""
+
 NEVER = 2**31 - 1
 """A limit that no count reaches."""
 
@@ -250,8 +253,8 @@ def _limits(linear: PackedLinear, is_set: Callable[[Tensor], Tensor]) -> tuple[T
     Raises:
         NotFusableError: the bit changes more than twice.
     """
-    mismatches = torch.arange(linear.in_features + 1, dtype=torch.int32)
-    limits = _ends(is_set(_values(linear, linear.in_features - 2 * mismatches)).t())
+    products = linear.in_features - 2 * torch.arange(linear.in_features + 1, dtype=torch.int32)
+    limits = _ends(torch.cat([is_set(_values(linear, some)) for some in products.split(PRODUCTS)]).t())
     extra = -linear.out_features % 16
     return tuple(nn.functional.pad(limit, (0, extra), value=v) for limit, v in zip(limits, (-1, NEVER), strict=True))
 
@@ -271,8 +274,8 @@ def _ends(bits: Tensor) -> tuple[Tensor, Tensor]:
         NotFusableError: ones are elsewhere too.
     """
     count = bits.shape[1]
-    leading = bits.int().cummin(1).values.sum(1)
-    trailing = bits.int().flip(1).cummin(1).values.sum(1)
+    leading = torch.where(bits.all(1), count, bits.byte().argmin(1))
+    trailing = torch.where(bits.all(1), count, bits.flip(1).byte().argmin(1))
     few = (leading - 1).int()
     many = torch.where((leading == count) | (trailing == 0), NEVER, count - trailing).int()
     index = torch.arange(count, dtype=torch.int32)
