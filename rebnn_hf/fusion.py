@@ -135,7 +135,10 @@ class FusedForward:
             return None
         first = self.layout.of(self.encoder.layer[0])
         width, inner = first.query.in_features, first.inner.out_features
-        return make_image(width, self.config.num_attention_heads, inner, layers)
+        image = make_image(width, self.config.num_attention_heads, inner, layers)
+        del layers
+        kernels.cpu.give_back_memory()
+        return image
 
     def _can_serve(self, hidden: Tensor, mask: Tensor | None, kwargs: dict) -> bool:
         if self.encoder.training or not kernels.serves(hidden) or self._differentiable(hidden):

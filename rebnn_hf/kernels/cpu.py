@@ -117,6 +117,13 @@ def instruction_sets() -> dict[str, bool]:
     return {name.decode(): bool(library.rebnn_isa_runs(name)) for name in names}
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system, after work that needed much of it once; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @lru_cache
 def _isa(name: str | None) -> int:
     pointer = _library().rebnn_isa_find(None if name is None else name.encode())
