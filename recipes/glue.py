@@ -50,6 +50,7 @@ from transformers import (
 
 import rebnn_hf
 from rebnn_hf import ReBNNTrainingArguments
+from rebnn_hf.kernels import use_backend
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,12 +256,16 @@ def pack_student(job: Job) -> dict[str, Any]:
     folder, dtype = job.run.folder("packed"), job.arguments.packed_dtype()
     student = job.load(job.run.folder("latent"))
     latent_logits = job.validate(student)
-    check_equal(latent_logits, job.validate(rebnn_hf.pack(student)), torch.float32)
+    with use_backend("reference"):  # the engine rounds elsewhere, which few-bit activations may turn into other codes
+        check_equal(latent_logits, job.validate(rebnn_hf.pack(student)), torch.float32)
     save(job, rebnn_hf.pack(student, dtype), "packed")
     packed = job.auto_model.from_pretrained(folder)
     packed_logits = job.validate(packed)
-    if dtype == torch.float32 or job.arguments.binary.config().activation == "none":
-        check_equal(latent_logits, packed_logits, dtype)  # few-bit activations may turn rounding into other codes
+    if job.arguments.binary.config().activation == "none":
+        check_equal(latent_logits, packed_logits, dtype)
+    elif dtype == torch.float32:
+        with use_backend("reference"):
+            check_equal(latent_logits, job.validate(packed), dtype)
     job.submit(packed, packed_logits)
     summary = rebnn_hf.summary(packed)
     return {
