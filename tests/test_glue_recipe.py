@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import rebnn_hf
+from rebnn_hf import kernels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -506,6 +507,21 @@ def test_stages_continue_one_another_and_the_last_is_packed(finished, tmp_path):
     assert {name for name, stamp in stamps(tmp_path / "run").items() if stamp != before.get(name)} <= {"settings.json"}
     with pytest.raises(SystemExit, match="stages"):
         rerun(tmp_path / "run", *[word for word in options if word not in ("--stages", "rebnn-bit-w1a2")])
+
+
+@pytest.mark.parametrize("preset, backends", [("rebnn-bit-w1a1", {"reference"}), ("rebnn-w1a32", {"reference", "cpu"})])
+def test_few_bit_students_are_compared_with_their_packed_form_where_rounding_is_the_same(
+    preset, backends, finished, tmp_path, monkeypatch
+):
+    """The engine rounds at other places than training, and one flipped bit is more than any tolerance allows."""
+    if not kernels.cpu.available():
+        pytest.skip(kernels.cpu.why_not())
+    used = []
+    check_equal = glue.check_equal
+    monkeypatch.setattr(glue, "check_equal", lambda *logits: (used.append(kernels.backend()), check_equal(*logits)))
+    options = [*custom_files(tmp_path), "--teacher", str(finished.folder / "teacher"), "--preset", preset]
+    rerun(tmp_path / "run", *options, "--max_steps", "2")
+    assert set(used) == backends and len(used) == 2
 
 
 @pytest.mark.parametrize(
