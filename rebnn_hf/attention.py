@@ -165,7 +165,8 @@ def binary_attention(
         **kwargs: what other attention functions take.
 
     Returns:
-        Context [B, S, H, d] and attention [B, H, S, S].
+        Context [B, S, H, d], and attention [B, H, S, S], or None where the engine computed it: it does where nobody
+        asked for attentions.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention = getattr(module, "binary_attention", _float_attention)

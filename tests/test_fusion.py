@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from operators import Recorded
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, binarize, calibrate, fuse, is_fused, kernels, pack
@@ -118,19 +118,6 @@ def states(batch, size, model, seed=0):
 
 def layout(model):
     return ENCODERS[model.config.model_type]
-
-
-class Recorded(TorchDispatchMode):
-    """Names of the engine's operators that a block of code calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "rebnn":
-            self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from operators import Recorded
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rebnn_hf
 from rebnn_hf import kernels
@@ -97,19 +97,6 @@ def inputs_of(rows, inputs, scale, seed):
 
 def layout_of(signs, bits):
     return cpu.layout(pack_signs(signs), signs.shape[1], cpu.QUADS if bits == 8 else cpu.WORDS)
-
-
-class Recorded(TorchDispatchMode):
-    """Names of the engine's operators that a block of code calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "rebnn":
-            self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 # Products

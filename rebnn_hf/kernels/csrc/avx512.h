@@ -56,7 +56,7 @@ static void pack(const float *x, int64_t n, const float *shift, float threshold,
         uint64_t word = 0;
         for (int64_t j = 0; j < 64 && start + j < n; j += 16) {
             int64_t left = n - start - j;
-            __mmask16 some = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+            __mmask16 some = first_of(left);
             __m512 value = _mm512_maskz_loadu_ps(some, x + start + j);
             if (shift)
                 value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + start + j));
@@ -71,7 +71,7 @@ static void levels(const float *x, int64_t n, const float *shift, float scale, i
 {
     const __m512 lowest = _mm512_set1_ps((float)low), highest = _mm512_set1_ps((float)high);
     for (int64_t j = 0; j < n; j += 16) {
-        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        __mmask16 some = first_of(n - j);
         __m512 value = _mm512_maskz_loadu_ps(some, x + j);
         if (shift)
             value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, shift + j));
@@ -99,13 +99,13 @@ static float token(const float *x, int64_t n, uint8_t *codes)
 {
     __m512 largest = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j += 16) {
-        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        __mmask16 some = first_of(n - j);
         largest = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(some, x + j)), largest);
     }
     float scale = _mm512_reduce_max_ps(largest) / 127;
     scale = scale > 1.17549435e-38f ? scale : 1.17549435e-38f;
     for (int64_t j = 0; j < n; j += 16) {
-        __mmask16 some = n - j >= 16 ? 0xffff : (__mmask16)((1u << (n - j)) - 1);
+        __mmask16 some = first_of(n - j);
         __m512 value = _mm512_div_ps(_mm512_maskz_loadu_ps(some, x + j), _mm512_set1_ps(scale));
         value = _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         value = _mm512_min_ps(_mm512_max_ps(value, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
@@ -174,7 +174,7 @@ static inline __attribute__((always_inline)) float sum_of_lookups(const int PAIR
     const __m512 last = _mm512_set1_ps(table[32 * PAIRS]);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
-        __mmask16 some = count - j >= 16 ? 0xffff : (__mmask16)((1u << (count - j)) - 1);
+        __mmask16 some = first_of(count - j);
         __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, index + j));
         __m512 value = _mm512_permutex2var_ps(first[0], i, second[0]);
         if (PAIRS == 2) {
@@ -195,7 +195,7 @@ static float table_sum(const float *table, int64_t size, const uint8_t *index, i
         return sum_of_lookups(2, table, index, count);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < count; j += 16) {
-        __mmask16 some = count - j >= 16 ? 0xffff : (__mmask16)((1u << (count - j)) - 1);
+        __mmask16 some = first_of(count - j);
         __m512i i = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, index + j));
         sum = _mm512_mask_add_ps(sum, some, sum, _mm512_mask_i32gather_ps(sum, some, i, table, 4));
     }
@@ -260,7 +260,7 @@ static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t row
     const __m512i sign = _mm512_set1_epi32(e->factor < 0 ? -1 : 0);
 #define DOT_OF(r)                                                                                                     \
     _mm512_add_epi32(base, _mm512_sub_epi32(_mm512_xor_si512(_mm512_sll_epi32(_mm512_load_si512(counts[r]), doubled), sign), sign))
-    __mmask16 some = outputs - n >= BLOCK ? 0xffff : (__mmask16)((1u << (outputs - n)) - 1);
+    __mmask16 some = first_of(outputs - n);
     __m512 scale = _mm512_maskz_loadu_ps(some, e->scale + n), factor = _mm512_mul_ps(scale, _mm512_set1_ps(e->input_scale));
     __m512 bias = e->bias ? _mm512_maskz_loadu_ps(some, e->bias + n) : _mm512_setzero_ps();
     for (int64_t r = 0; r < rows; r++) {
