@@ -8,7 +8,10 @@
 #include "linear.h"
 #include "parallel.h"
 
-enum { ROWS = 32 /* tokens whose activations go through a block of layers while they are in the cache */ };
+enum {
+    ROWS = 32,  /* tokens whose activations go through a block of layers while they are in the cache */
+    SPAN = 128, /* tokens that share the values of a head once these are arranged; a multiple of ROWS */
+};
 
 typedef struct {
     int64_t layers, width, heads, head, inner;
@@ -43,7 +46,7 @@ typedef struct {
 /* Scratch of a thread. */
 typedef struct {
     uint64_t *bits;    /* [ROWS][input words of the widest layer] */
-    uint64_t *context; /* [ROWS][words of width] */
+    uint64_t *context; /* [SPAN][words of width] */
     float *y;          /* [ROWS][width] */
     attention_scratch attention;
 } scratch;
@@ -116,7 +119,7 @@ static int read_image(const void *image, int64_t size, encoder *m)
 
 /* ---- Layers ---- */
 
-/* Bits of the context of tokens from..to-1, all of one sequence, in all heads. */
+/* Bits of the context of tokens from..to-1, at most SPAN of one sequence, in all heads. */
 static void attend_rows(encoder_call *c, scratch *s, int64_t layer, int64_t sequence, int64_t from, int64_t to)
 {
     const encoder *m = &c->model;
@@ -124,6 +127,7 @@ static void attend_rows(encoder_call *c, scratch *s, int64_t layer, int64_t sequ
     int64_t words = ceil_div(m->head, 64), row = ceil_div(m->width, 64);
     attention_rule rule = {m->head, field(m, layer, TABLE), *(const float *)field(m, layer, THRESHOLD)};
     const int32_t *limits = field(m, layer, CONTEXT);
+    memset(s->context, 0, (size_t)((to - from) * row) * 8);
     for (int64_t h = 0; h < m->heads; h++) {
         const uint64_t *keys = c->keys[layer % 2] + h * words * c->tokens + begin;
         take_values(&s->attention, c->values[layer % 2] + (h * c->tokens + begin) * words, length, m->head);
@@ -191,17 +195,15 @@ static void add_and_norm(encoder_call *c, scratch *s, int64_t layer, int name, c
         c->isa->layer_norm(s->y + r * m->width, m->width, weight, bias, eps, x + r * m->width);
 }
 
-/* What a layer does with tokens from..to-1 of one sequence once all keys and values are there. */
-static void finish_layer(encoder_call *c, scratch *s, int64_t layer, int64_t sequence, int64_t from, int64_t to)
+/* What a layer does with tokens from..to-1 once their context is there. */
+static void finish_layer(encoder_call *c, scratch *s, int64_t layer, const uint64_t *context, int64_t from, int64_t to)
 {
     const encoder *m = &c->model;
     const rebnn_input signs = {.codes = REBNN_SIGN, .bits = 1, .scale = 1};
     const rebnn_input bools = {.codes = REBNN_LEVELS, .bits = 1, .scale = 1};
     int64_t rows = to - from, inner_words = ceil_div(m->inner, 64);
     float *x = c->x + from * m->width;
-    memset(s->context, 0, (size_t)(rows * ceil_div(m->width, 64)) * 8);
-    attend_rows(c, s, layer, sequence, from, to);
-    add_and_norm(c, s, layer, OUTPUT_LAYOUT, &signs, s->context, m->width, x, rows);
+    add_and_norm(c, s, layer, OUTPUT_LAYOUT, &signs, context, m->width, x, rows);
 
     bit_projection inner = projection(m, layer, INNER_SHIFT);
     uint64_t *inner_bits = s->bits + ROWS * ceil_div(m->width, 64);
@@ -221,7 +223,7 @@ static int make_scratch(const encoder_call *c, scratch *s)
     const encoder *m = &c->model;
     int64_t words = ceil_div(m->width, 64);
     s->bits = allocate(ROWS * (words + ceil_div(m->inner, 64)) * 8);
-    s->context = allocate(ROWS * words * 8);
+    s->context = allocate(SPAN * words * 8);
     s->y = allocate(ROWS * m->width * 4);
     return make_attention_scratch(&s->attention, c->longest, m->head) && s->bits && s->context && s->y;
 }
@@ -241,6 +243,7 @@ static void encoder_task(void *argument, int thread)
     int64_t tiles = ceil_div(c->tokens, 8);
     int64_t begin = tiles * thread / c->threads * 8, end = tiles * (thread + 1) / c->threads * 8;
     end = end < c->tokens ? end : c->tokens;
+    int64_t words = ceil_div(c->model.width, 64);
     scratch s = {0};
     if (!make_scratch(c, &s))
         atomic_store(&c->out_of_memory, 1);
@@ -254,9 +257,11 @@ static void encoder_task(void *argument, int thread)
         for (int64_t from = begin, to; from < end; from = to) {
             while (c->first[sequence + 1] <= from)
                 sequence++;
-            to = from + ROWS < end ? from + ROWS : end;
+            to = from + SPAN < end ? from + SPAN : end;
             to = to < c->first[sequence + 1] ? to : c->first[sequence + 1];
-            finish_layer(c, &s, layer, sequence, from, to);
+            attend_rows(c, &s, layer, sequence, from, to);
+            for (int64_t row = from; row < to; row += ROWS)
+                finish_layer(c, &s, layer, s.context + (row - from) * words, row, row + ROWS < to ? row + ROWS : to);
         }
     }
     free_scratch(&s);

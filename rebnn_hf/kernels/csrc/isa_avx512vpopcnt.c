@@ -16,6 +16,8 @@ static inline __m512i dot(__m512i sum, __m512i codes, __m512i signs)
 #define WIDEN(sum) sum
 #define PAIR_STEPS 128
 #define LOOKUP(indices, table) _mm512_permutexvar_epi8(indices, table)
+#define HAS_TRIPLES
+#include "triples.h"
 #include "avx512.h"
 
 /* Four sums of 4 codes fit into the bytes of a register, for each of the 16 signs of 4 weights: one instruction looks up

@@ -169,6 +169,12 @@ static void words(const uint64_t *a, int64_t rows, int planes, int64_t words, co
         return;
     }
 #endif
+#ifdef HAS_TRIPLES
+    if (planes == 1 && rows >= 4 && words >= 3 && words / 3 <= TRIPLES) {
+        words_by_triples(a, rows, words, layout, ones, first, last, outputs, e);
+        return;
+    }
+#endif
     int32_t counts[TILE_ROWS][BLOCK] __attribute__((aligned(64)));
     int64_t step = TILE_ROWS / planes;
     for (int64_t block = first; block < last; block++) {

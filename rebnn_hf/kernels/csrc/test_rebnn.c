@@ -452,7 +452,7 @@ static void test_tables(void)
         {0.01f, 0, 255}, {1e-40f, -3, 252}, {INFINITY, -1, 2},
     };
     static const int64_t tables[] = {17, 33, 65, 129, 256};
-    static const int64_t long_words[] = {0, 1, 2, 3, 12, 13, 30, 31, 32, 62, 63, 70}; /* bytes hold sums of 31 words */
+    static const int64_t long_words[] = {0, 1, 2, 3, 12, 13, 30, 31, 32, 62, 63, 70, 146, 147}; /* limits: 31, 146 */
     static const int64_t long_quads[] = {0, 1, 2, 8, 17, 127, 128, 129, 192, 257}; /* 16 bits hold 128 quads */
     for (int s = 0; s < COUNT(sizes); s++)
         for (int kind = 0; kind < KINDS; kind++) {
