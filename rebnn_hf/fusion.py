@@ -137,6 +137,7 @@ class FusedForward:
         width, inner = first.query.in_features, first.inner.out_features
         image = make_image(width, self.config.num_attention_heads, inner, layers)
         del layers
+        kernels.cpu.put_aside(module.weight for module in self.encoder.modules() if type(module) is PackedLinear)
         kernels.cpu.give_back_memory()
         return image
 

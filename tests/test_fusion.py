@@ -1,8 +1,10 @@
 """The fused encoder: the same answers as the layers one by one, and whatever it cannot do goes through them."""
 
 import copy
+import ctypes
 import functools
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -720,6 +722,52 @@ def test_saved_models_are_fused_when_loaded(tmp_path):
         assert is_fused(loaded) and set(loaded.state_dict()) == keys
         names, output = ops_and_output(loaded, **BATCH)
     assert names.count("rebnn::encoder") == 1 and torch.equal(output.logits, expected)
+
+
+def resident(path):
+    """Bytes of a mapped file that are in memory."""
+    pages, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.split()[0].endswith(":"):
+            pages += int(line.split()[1]) * 1024 if inside and line.startswith("Rss:") else 0
+        else:
+            inside = line.endswith(str(path))
+    return pages
+
+
+def write_out(file):
+    """Pages that are not on the disk yet stay."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def can_put_aside(folder):
+    """Whether this kernel lets go of pages of files in a folder when it is asked to."""
+    file, size = folder / "blob", 1 << 20
+    file.write_bytes(b"x" * size)
+    write_out(file)
+    blob = torch.from_file(str(file), size=size, dtype=torch.uint8)
+    blob.sum()
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(blob.data_ptr()), ctypes.c_size_t(size), 21)
+    return resident(file) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for this")
+def test_bits_that_are_in_the_image_leave_the_memory_and_come_back(tmp_path):
+    if not can_put_aside(tmp_path):
+        pytest.skip("this kernel or file system keeps mapped pages")
+    packed(head=64, heads=4, inner=4096, layers=4).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    write_out(file)
+    model = hf.BertModel.from_pretrained(tmp_path)
+    bits = [module.weight for module in model.encoder.modules() if isinstance(module, PackedLinear)]
+    before = [tensor.clone() for tensor in bits]
+    read = resident(file)
+    with torch.inference_mode():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    size = sum(tensor.nbytes for tensor in bits)
+    assert read - resident(file) > 0.7 * size  # but for pages that are kept in groups with others
+    assert all(torch.equal(now, then) for now, then in zip(bits, before, strict=True))
 
 
 def test_pipeline(tmp_path):

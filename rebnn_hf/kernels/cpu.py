@@ -6,8 +6,10 @@ Every function takes contiguous CPU tensors; shapes and types that do not fit ar
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
+from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
 ALIGNMENT = 64  # bytes, of layouts and images
 HEADER_BYTES = 128  # of an encoder's image
 ISA_ENVIRONMENT = "REBNN_ISA"
+_MADV_PAGEOUT = 21  # of Linux 5.4 and later
 _NAME = "librebnn.dylib" if sys.platform == "darwin" else "librebnn.so"
 _STATUS = {1: "an argument is out of range", 2: "not enough memory"}
 
@@ -122,6 +125,24 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def put_aside(tensors: Iterable[Tensor]) -> None:
+    """Tell the system that tensors will not be read soon. Nothing is lost: pages of a mapped file, as loading makes
+    them, are read again when they are needed and take no memory until then; others stay, or go to swap."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    if advise is None or sys.platform != "linux":
+        return
+    runs: list[list[int]] = []  # neighbours together: the system keeps pages in groups
+    for start, end in sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.device.type == "cpu"):
+        if runs and runs[-1][1] == start:
+            runs[-1][1] = end
+        else:
+            runs.append([start, end])
+    for start, end in runs:
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:  # a kernel that cannot do it says so, and all is as it was
+            advise(c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
 
 
 @lru_cache
