@@ -1,10 +1,11 @@
 """Linear layers of the 1-bit engine against those of torch, one table for each shape and number of threads.
 
 Shapes are tokens x outputs x inputs. `W1A1`, `W1A2`, `W1A4`: inputs become 1, 2 and 4 bits (elastic) in every call;
-`W1A8 token`: int8 with a scale for each token; `W1A32`: they stay float. Rows `call` are the C function with tensors
-that are ready, rows `layer` the whole `PackedLinear(x)`. torch's int8 product (`_int_mm`) gets inputs that are int8
-already and leaves int32. T MAC/s are 10^12 multiply-accumulates per second; what share of the processor's limit that
-is cannot be said from Python, which does not know the clock.
+`W1A8 token`: int8 with a scale for each token; `W1A32`: they stay float. `W1A1 C` is the C function, rows `call` are
+that function and checks in Python, rows `layer` the whole `PackedLinear(x)`. torch's int8 product (`_int_mm`) gets
+inputs that are int8 already and leaves int32. T MAC/s are 10^12 multiply-accumulates per second. `1-bit ceiling` does
+as many products of bits that stay in the first-level cache, without packing or results: the most that one-bit layers
+can reach on this processor.
 
 `--isa` instead compares, on W1A1 calls, the instruction sets that were compiled in and that this processor runs.
 
@@ -38,7 +39,8 @@ INPUTS = {
     "W1A8 token": ActivationRule("token", 8),
     "W1A32": ActivationRule(),
 }
-BASELINES = ("torch fp32", "torch bf16", "torch int8")
+CEILING = "1-bit ceiling"
+BASELINES = ("torch fp32", "torch bf16", "torch int8", CEILING)
 
 
 def packed_layer(rule: ActivationRule, x: Tensor, outputs: int) -> PackedLinear:
@@ -55,13 +57,12 @@ def packed_layer(rule: ActivationRule, x: Tensor, outputs: int) -> PackedLinear:
     return layer
 
 
-def c_call(layer: PackedLinear, x: Tensor) -> partial:
-    """The C function behind a layer."""
+def arguments_of(layer: PackedLinear) -> tuple:
+    """What `cpu.linear` needs of a layer, beside inputs."""
     codes = engine_codes(layer.input_binarizer)
     scale = 1.0 if codes.scale is None else codes.scale.item()
     layout = layer.layout(codes.layout)
-    arguments = (layout, layer.weight_scale, layer.bias, codes.kind, codes.width, codes.low, scale, codes.shift)
-    return partial(cpu.linear, x, *arguments)
+    return layout, layer.weight_scale, layer.bias, codes.kind, codes.width, codes.low, scale, codes.shift
 
 
 def engine(x: Tensor, outputs: int) -> list[Contender]:
@@ -69,8 +70,10 @@ def engine(x: Tensor, outputs: int) -> list[Contender]:
     contenders = []
     for name, rule in INPUTS.items():
         layer = packed_layer(rule, x, outputs)
+        if name == "W1A1":
+            contenders.append(Contender("W1A1 C", cpu.prepare_linear(x, *arguments_of(layer))))
         if name != "W1A32":  # made of several calls
-            contenders.append(Contender(f"{name} call", c_call(layer, x)))
+            contenders.append(Contender(f"{name} call", partial(cpu.linear, x, *arguments_of(layer))))
         contenders.append(Contender(f"{name} layer", partial(layer, x)))
     return contenders
 
@@ -89,7 +92,7 @@ def torch_linears(x: Tensor, outputs: int) -> list[Contender]:
 
 def instruction_sets(x: Tensor, outputs: int) -> list[Contender]:
     """The W1A1 call with each instruction set."""
-    call = c_call(packed_layer(INPUTS["W1A1"], x, outputs), x)
+    call = partial(cpu.linear, x, *arguments_of(packed_layer(INPUTS["W1A1"], x, outputs)))
     names = [name for name, runs in cpu.instruction_sets().items() if runs]
     return [Contender(name, call, partial(environment, **{cpu.ISA_ENVIRONMENT: name})) for name in names]
 
@@ -98,11 +101,15 @@ def measure(shape: str, number: int, rounds: int, isa: bool, clock: Callable[[],
     """Rows of one table, times in microseconds."""
     tokens, outputs, inputs = map(int, shape.split("x"))
     x = torch.randn(tokens, inputs)
-    ours = instruction_sets(x, outputs) if isa else engine(x, outputs)
+    products = tokens * outputs * inputs
     with threads(number), torch.inference_mode():
-        times = interleave(ours + torch_linears(x, outputs), rounds, clock=clock)
+        ours = instruction_sets(x, outputs) if isa else engine(x, outputs)
+        ceiling = Contender(CEILING, partial(cpu.ceiling, products))
+        times = interleave([*ours, *torch_linears(x, outputs), ceiling], rounds, clock=clock)
+    share = products / ceiling.call() / number  # it does some more, and on one thread
+    times[CEILING] = [seconds * share for seconds in times[CEILING]]
     rows = compare(times, BASELINES, "us")
-    rate = tokens * outputs * inputs / 1e6
+    rate = products / 1e6
     return [{"shape": shape, "threads": number} | row | {"T MAC/s": rate / row["median us"]} for row in rows]
 
 

@@ -233,9 +233,10 @@ class PackedLinear(_Packed, nn.Linear):
         if codes is None:
             return self.reference(x)
         layout = None if codes.kind == "float" else self.layout(codes.layout)
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if torch.is_grad_enabled() and (x.requires_grad or parameters):
-            return _EngineProduct.apply(self, codes, layout, x, *parameters)
+        if torch.is_grad_enabled():
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            if x.requires_grad or parameters:
+                return _EngineProduct.apply(self, codes, layout, x, *parameters)
         return kernels.linear(x, self.weight, layout, self.weight_scale, self.bias, codes)
 
     def layout(self, kind: int) -> Tensor | None:

@@ -105,7 +105,7 @@ needs_engine = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
 def test_linear(capsys):
     linear = load("linear")
     rows = linear.main(["--shape", "3x20x40", "2x16x100", "--rounds", "3"])
-    contenders = ["W1A1 call", "W1A1 layer", "W1A2 call", "W1A2 layer", "W1A4 call", "W1A4 layer"]
+    contenders = ["W1A1 C", "W1A1 call", "W1A1 layer", "W1A2 call", "W1A2 layer", "W1A4 call", "W1A4 layer"]
     contenders += ["W1A8 token call", "W1A8 token layer", "W1A32 layer", *linear.BASELINES]
     assert [r["contender"] for r in rows] == contenders * 2
     for r in rows:
@@ -127,6 +127,7 @@ def test_linear_calls_compute_the_layers_they_are_compared_with():
         layer = contenders[f"{name} layer"].func
         assert torch.equal(contenders[f"{name} call"](), layer(x)), name
         torch.testing.assert_close(layer(x), layer.reference(x))
+    assert torch.equal(contenders["W1A1 C"](), contenders["W1A1 layer"]())
     widths = {name: contenders[f"{name} layer"].func.input_binarizer for name in linear.INPUTS}
     assert {n: getattr(b, "bits", None) for n, b in widths.items()} == {
         "W1A1": 1,

@@ -1076,3 +1076,22 @@ def test_exported_layer(rule):
     assert "rebnn.linear" in program.graph_module.code
     x = torch.randn(7, 65)
     assert torch.equal(program.module()(x), layer(x))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+def test_ceiling_does_what_it_is_asked_for(isa, monkeypatch):
+    monkeypatch.setenv(cpu.ISA_ENVIRONMENT, isa)
+    once = cpu.ceiling(1)
+    assert once > 0 and cpu.ceiling(0) == 0
+    assert cpu.ceiling(2 * once) == 2 * once and cpu.ceiling(2 * once + 1) == 3 * once
+
+
+@needs_library
+def test_a_prepared_call_reads_its_inputs_when_it_is_called():
+    bits = pack_signs(torch.randn(5, 70) > 0)
+    scale, x = torch.rand(5), torch.randn(3, 70)
+    call = cpu.prepare_linear(x, cpu.layout(bits, 70, cpu.WORDS), scale, None, "sign", 1, 0, 1.0, None)
+    first = call().clone()
+    x.neg_()
+    assert torch.equal(call(), -first)

@@ -202,9 +202,8 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
         raise ValueError(
             f"bits of {inputs} features are uint8 [O, {(inputs + 7) // 8}], got {bits.dtype} {(*bits.shape,)}."
         )
-    rows = x.detach().reshape(math.prod(x.shape[:-1]), inputs).float().contiguous()
-    weight_scale = weight_scale.detach().float().contiguous()
-    bias = None if bias is None else bias.detach().float().contiguous()
+    rows = _floats(x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), inputs))
+    weight_scale, bias = _floats(weight_scale), _floats(bias)
     if codes == "float":
         y = _float_product(rows, bits) * weight_scale
         y = y if bias is None else y.add_(bias)
@@ -212,9 +211,15 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
         kind = Codes(codes, width).layout
         layout = cpu.layout(bits, inputs, kind) if layout is None else layout
         scale = 1.0 if input_scale is None else float(input_scale)
-        shift = None if shift is None else shift.detach().float().contiguous()
-        y = cpu.linear(rows, layout, weight_scale, bias, codes, width, low, scale, shift)
+        y = cpu.linear(rows, layout, weight_scale, bias, codes, width, low, scale, _floats(shift))
     return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    """As the C library reads it; itself where it is so already."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.detach().float().contiguous()
 
 
 def _float_product(x: Tensor, bits: Tensor) -> Tensor:
@@ -231,16 +236,14 @@ def _float_product(x: Tensor, bits: Tensor) -> Tensor:
 def _embedding(indices, bits, weight_scale, width):
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"indices must be int32 or int64, got {indices.dtype}.")
-    scale = weight_scale.detach().float().contiguous()
-    rows = cpu.embedding(indices.reshape(-1).long().contiguous(), bits.contiguous(), scale, width)
+    rows = cpu.embedding(indices.reshape(-1).long().contiguous(), bits.contiguous(), _floats(weight_scale), width)
     return rows.view(*indices.shape, width).to(weight_scale.dtype)
 
 
 def _attention(query, key, value, mask, table, threshold, scale):
     mask = None if mask is None else padding_mask(mask, query.shape[2]).expand(len(query), -1)
-    table = None if table is None else table.detach().float().contiguous()
-    signed = (x.detach().float().contiguous() for x in (query, key, value))
-    return cpu.attention(*signed, mask, table, float(threshold), float(scale)).to(query.dtype)
+    signed = map(_floats, (query, key, value))
+    return cpu.attention(*signed, mask, _floats(table), float(threshold), float(scale)).to(query.dtype)
 
 
 def _encoder(hidden, mask, image):

@@ -9,7 +9,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,7 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_float, c_float, c_void_p),
     ),
+    "rebnn_ceiling": (c_int64, c_void_p, c_int64),
     "rebnn_encoder": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
 }
 """Result and arguments of the functions in rebnn.h."""
@@ -184,8 +185,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _expect(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
     if tensor is None:
         return
-    fits = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == dtype
-    if not fits or tuple(tensor.shape) != shape:
+    if not (tensor.dtype is dtype and tensor.shape == shape and tensor.is_cpu and tensor.is_contiguous()):
         raise ValueError(
             f"{name} must be a contiguous {dtype} tensor of shape {shape} on the CPU, got {tensor.dtype} "
             f"{tuple(tensor.shape)} on {tensor.device}{'' if tensor.is_contiguous() else ', not contiguous'}."
@@ -198,6 +198,14 @@ def _aligned(buffer: Tensor) -> Tensor:
 
 
 # What it computes
+
+
+@lru_cache(maxsize=4096)
+def _layout_size(kind: int, outputs: int, inputs: int) -> int:
+    size = _library().rebnn_layout_size(kind, outputs, inputs)
+    if size < 0:
+        raise ValueError(f"no layout {kind} of {outputs} outputs and {inputs} inputs: out of range.")
+    return size
 
 
 def layout(bits: Tensor, inputs: int, kind: int) -> Tensor:
@@ -213,10 +221,7 @@ def layout(bits: Tensor, inputs: int, kind: int) -> Tensor:
     """
     bits = bits.contiguous()
     _expect("bits", bits, torch.uint8, len(bits), (inputs + 7) // 8)
-    size = _library().rebnn_layout_size(kind, len(bits), inputs)
-    if size < 0:
-        raise ValueError(f"no layout {kind} of {len(bits)} outputs and {inputs} inputs: out of range.")
-    result = torch.empty(size, dtype=torch.uint8)
+    result = torch.empty(_layout_size(kind, len(bits), inputs), dtype=torch.uint8)
     _done(_library().rebnn_layout_fill(kind, len(bits), inputs, _pointer(bits), _pointer(result)), "rebnn_layout_fill")
     return result
 
@@ -253,20 +258,38 @@ def linear(
     shift: Tensor | None = None,
 ) -> Tensor:
     """`rebnn_linear`: x float32 [N, M] -> float32 [N, O]."""
+    return prepare_linear(x, layout, weight_scale, bias, codes, width, low, scale, shift)()
+
+
+def prepare_linear(
+    x: Tensor,
+    layout: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: str,
+    width: int,
+    low: int,
+    scale: float,
+    shift: Tensor | None,
+) -> Callable[[], Tensor]:
+    """`linear` with everything checked, to be called once or often: with what x holds then, into the same result."""
     _expect("x", x, torch.float32, *x.shape[:2])
-    outputs, inputs = len(weight_scale), x.shape[1]
+    (rows, inputs), outputs = x.shape, len(weight_scale)
     _expect("weight_scale", weight_scale, torch.float32, outputs)
     _expect("bias", bias, torch.float32, outputs)
-    size = _library().rebnn_layout_size(QUADS if width == 8 else WORDS, outputs, inputs)
-    _expect("layout", layout, torch.uint8, size)
+    _expect("layout", layout, torch.uint8, _layout_size(QUADS if width == 8 else WORDS, outputs, inputs))
     layout = _aligned(layout)
     described = _input(codes, width, low, scale, shift, inputs)
-    y = torch.empty(len(x), outputs)
-    pointers = map(_pointer, (layout, weight_scale, bias, y))
-    threads = torch.get_num_threads()
-    status = _library().rebnn_linear(isa(), threads, len(x), inputs, outputs, _pointer(x), byref(described), *pointers)
-    _done(status, "rebnn_linear")
-    return y
+    y = torch.empty(rows, outputs)
+    function, chosen, threads = _library().rebnn_linear, isa(), torch.get_num_threads()
+
+    def call() -> Tensor:
+        pointers = map(_pointer, (layout, weight_scale, bias, y))
+        status = function(chosen, threads, rows, inputs, outputs, x.data_ptr(), byref(described), *pointers)
+        _done(status, "rebnn_linear")
+        return y
+
+    return call
 
 
 def embedding(indices: Tensor, bits: Tensor, scale: Tensor, width: int) -> Tensor:
@@ -330,3 +353,8 @@ def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> None:
         _pointer(hidden),
     )
     _done(status, "rebnn_encoder")
+
+
+def ceiling(products: int) -> int:
+    """`rebnn_ceiling`: at least so many 1-bit multiply-accumulates as fast as this CPU can; how many they were."""
+    return _library().rebnn_ceiling(isa(), products)

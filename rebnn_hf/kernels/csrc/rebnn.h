@@ -153,6 +153,13 @@ REBNN_API rebnn_status rebnn_attention(const rebnn_isa *isa, int threads, int64_
 REBNN_API rebnn_status rebnn_encoder(const rebnn_isa *isa, int threads, int64_t sequences, int64_t length,
                                      const uint8_t *mask, const void *image, int64_t image_size, float *hidden);
 
+/* ---- Measuring ----------------------------------------------------------------------------------------------- */
+
+/* Multiplies and accumulates 1-bit codes and weights that stay in the first-level cache, at least `products` times on
+ * one thread, without encoding, memory or results in floats: timed, the most that this CPU can reach with these kernels.
+ * Returns how many there were (0 without isa). */
+REBNN_API int64_t rebnn_ceiling(const rebnn_isa *isa, int64_t products);
+
 #ifdef __cplusplus
 }
 #endif
