@@ -146,10 +146,39 @@ def block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(
         f"{name}."
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList | nn.Sequential)
         and base_relative(model, name) is not None
         and len({type(block) for block in module}) == 1
+        and (isinstance(module, nn.ModuleList) or any(True for _ in module[0].children()))  # timm's are Sequential
     )
+
+
+STEMS = ("stem", "embedder", "patch_embed", "patch_embeddings")
+"""Names of what turns an image into features."""
+
+SHORTCUTS = ("downsample", "downsampling_layer", "shortcut")
+"""Names of what makes a shortcut fit where a network halves its resolution."""
+
+
+def inner_convolutions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Conv2d]]:
+    """The convolutions of an image model that are neither its stem nor on a shortcut, and without groups.
+
+    The stem is the first convolution, with all that is in one `nn.Sequential` with it, and whatever is named so.
+    """
+    convolutions = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and base_relative(model, name) is not None
+    ]
+    if not convolutions:
+        return
+    first = convolutions[0][0]
+    parent = first.rpartition(".")[0]
+    stem = f"{parent}." if type(model.get_submodule(parent)) is nn.Sequential else first
+    for name, module in convolutions:
+        parts = set(name.split("."))
+        if not name.startswith(stem) and not parts & {*STEMS, *SHORTCUTS} and module.groups == 1:
+            yield name, module
 
 
 def blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -272,3 +272,18 @@ def codes_of(x: Tensor, binarizer: nn.Module | None, dtype: torch.dtype) -> tupl
         return x, None
     codes, scale = binarizer(x)
     return codes.to(dtype), scale
+
+
+def channel_codes_of(x: Tensor, binarizer: nn.Module | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`codes_of` for images [..., C, H, W], whose features are the channels.
+
+    Raises:
+        ValueError: the binarizer gives each position a scale of its own, which cannot be taken out of a convolution.
+    """
+    if isinstance(binarizer, TokenInt8):
+        raise ValueError(
+            "activation='token' has a scale for each position, and a convolution sums over positions; use "
+            "activation='elastic' with 8 bits."
+        )
+    codes, scale = codes_of(x.movedim(-3, -1) if binarizer is not None else x, binarizer, dtype)
+    return codes.movedim(-1, -3) if binarizer is not None else codes, scale

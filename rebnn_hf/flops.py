@@ -143,8 +143,8 @@ def _line(part: str, bits: str, macs: int, flops: float) -> str:
     return f"{part:<34}{bits:>8}{macs:>20,}{flops:>20,.0f}"
 
 
-def linear_bits(linear: nn.Linear) -> tuple[int, int]:
-    """Bits of the weights and of the inputs of a linear layer; what is not binarized has those of its float type."""
+def linear_bits(linear: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Bits of weights and inputs of a linear layer or convolution; what is not binarized has those of its float type."""
     width = 8 * (linear.weight_scale if isinstance(linear, PACKED_TYPES) else linear.weight).itemsize
     if not isinstance(linear, LATENT_TYPES + PACKED_TYPES):
         return width, width

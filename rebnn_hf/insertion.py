@@ -36,7 +36,11 @@ def _add_inputs(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             binarizer = binarizer_of(config.activation_rule(), module.in_features, signed=name not in unsigned)
-            module.input_binarizer = None if binarizer is None else _like(binarizer, module)
+        elif isinstance(module, nn.Conv2d):  # behind a ReLU, or in a network built for signs
+            binarizer = binarizer_of(config.activation_rule(), module.in_channels, signed=False)
+        else:
+            continue
+        module.input_binarizer = None if binarizer is None else _like(binarizer, module)
 
 
 def _unsigned_inputs(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:

@@ -16,17 +16,28 @@ from .config import ReBNNConfig
 from .functional import WeightRule
 from .fusion import fuse
 from .insertion import add_activations, replace_module
-from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding
-from .targets import check_architecture, check_targets, names_to_load, record, select, tied_weights
+from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding, float_type
+from .targets import (
+    built_in_config,
+    check_architecture,
+    check_targets,
+    latent_layers,
+    names_to_load,
+    record,
+    select,
+    tied_weights,
+)
 
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
     """Give a float model 1-bit weights that can be trained: float -> latent, in place.
 
     By default every `nn.Linear` inside the encoder's blocks; embeddings, LayerNorm, pooler and task head stay float
-    (see `ReBNNConfig` for the switches). The forward pass uses `alpha * sign(W)` at once; to get accuracy back, train
-    with `ReBNNTrainer`, or with any loop and `rebnn_hf.attach`. Elastic activations take their scales from data first:
-    `ReBNNTrainer` sees to it, other loops call `rebnn_hf.calibrate(model, batch)`.
+    (see `ReBNNConfig` for the switches). Of image models also the convolutions, but for the stem, shortcuts, and those
+    with groups. A model that was built of latent layers (`rebnn_hf.vision`) stays as it is and gets its config. The
+    forward pass uses `alpha * sign(W)` at once; to get accuracy back, train with `ReBNNTrainer`, or with any loop and
+    `rebnn_hf.attach`. Elastic activations take their scales from data first: `ReBNNTrainer` sees to it, other loops
+    call `rebnn_hf.calibrate(model, batch)`.
 
     Args:
         model: a transformers model with floating point weights.
@@ -50,16 +61,18 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     if saved is not None:
         _require_same_method(saved, config)
         return model
-    config = copy.deepcopy(config) if config is not None else ReBNNConfig()
+    built_in = latent_layers(model)
+    config = _config_for_built_in(built_in, config) if built_in else copy.deepcopy(config) or ReBNNConfig()
     targets = select(model, config)
     check_targets(model, targets, config)
     record(model, config, targets)
     if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
         _own_config(model)
-    for name, module in targets.items():
-        replace_module(model, name, _latent(module, config))
-    add_activations(model, config, list(targets))
-    untie_binary_embeddings(model)
+    if not built_in:
+        for name, module in targets.items():
+            replace_module(model, name, _latent(module, config))
+        add_activations(model, config, list(targets))
+        untie_binary_embeddings(model)
     model.config.quantization_config = config
     return model
 
@@ -240,7 +253,7 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     for name in names:
         module = model.get_submodule(name)
         if config.state == "packed":
-            replace_module(model, name, PACKED_OF[type(module)].like(module))
+            replace_module(model, name, PACKED_OF[float_type(module)].like(module))
         else:
             replace_module(model, name, _latent(module, config))
     add_activations(model, config, names)
@@ -297,6 +310,21 @@ def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None
     )
 
 
+def _config_for_built_in(layers: dict[str, nn.Module], config: ReBNNConfig | None) -> ReBNNConfig:
+    """The config of a model that was built of latent layers; only the balance can be another one."""
+    built = built_in_config(layers)
+    if config is None:
+        return built
+    changed = [name for name, value in config.method().items() if value != getattr(built, name)]
+    changed = [name for name in changed if not name.startswith("balance_")]
+    if changed:
+        raise ValueError(
+            f"the model was built of 1-bit layers with other settings ({', '.join(changed)}); leave them out, or "
+            "build the model that has them."
+        )
+    return copy.deepcopy(config)
+
+
 def _require_latent(saved: ReBNNConfig | None) -> None:
     if saved is None or saved.state != "latent":
         state = "a float" if saved is None else "a packed"
@@ -346,7 +374,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _latent(module: nn.Module, config: ReBNNConfig) -> nn.Module:
-    return LATENT_OF[type(module)].from_float(module, _rule_of(module, config))
+    return LATENT_OF[float_type(module)].from_float(module, _rule_of(module, config))
 
 
 def _rule_of(module: nn.Module, config: ReBNNConfig) -> WeightRule:

@@ -132,7 +132,7 @@ def summary(model: nn.Module) -> Summary:
             added=sum(e.added for e in entries),
             binary=sum(e.values for e in entries if e.binary),
             bits=1 if isinstance(module, LATENT_TYPES + PACKED_TYPES) else max(8 * e.itemsize for e in entries),
-            activation_bits=linear_bits(module)[1] if isinstance(module, nn.Linear) else None,
+            activation_bits=linear_bits(module)[1] if isinstance(module, nn.Linear | nn.Conv2d) else None,
             bytes_now=sum(e.now for e in entries),
             bytes_packed=sum(e.packed for e in entries),
             note=_note(name, module, entries, place),
@@ -218,7 +218,7 @@ def _entry(module: nn.Module, key: str, tensor: Tensor, dtype: torch.dtype | Non
     values, added, saved = tensor.numel(), 0, tensor.numel() * float_size
     one_bit = isinstance(module, LATENT_TYPES + PACKED_TYPES)
     if one_bit and key == "weight":
-        rows, width = tensor.shape[0], module.width if isinstance(module, PACKED_TYPES) else tensor.shape[1]
+        rows, width = tensor.shape[0], module.width if isinstance(module, PACKED_TYPES) else tensor[0].numel()
         values, saved = rows * width, rows * packed_width(width)
     elif one_bit and key in ("weight_scale", "balance"):
         values, added = 0, module.weight.shape[0] if key == "weight_scale" else 0
@@ -245,13 +245,13 @@ class _Place:
             self.words = None
 
     def of(self, name: str, module: nn.Module) -> str:
-        """One of `activations`, `word embeddings`, `embedding`, `LayerNorm`, `head`, `pooler`, `block`, `outside`."""
+        """One of `activations`, `word embeddings`, `embedding`, `norm`, `head`, `pooler`, `block`, `outside`."""
         if isinstance(module, PARAMETRIC):
             return "activations"
         if module is self.words:
             return "word embeddings"
         if "norm" in type(module).__name__.lower():
-            return "LayerNorm"
+            return "norm"
         if not name.startswith(self.base):
             return "head"
         if isinstance(module, nn.Embedding):
@@ -271,7 +271,7 @@ class _Place:
             "activations": "activations",
             "word embeddings": "word_embeddings",
             "embedding": "other_embeddings",
-            "LayerNorm": "norms",
+            "norm": "norms",
             "head": "head",
             "pooler": "pooler",
             "block": "encoder",
@@ -305,7 +305,7 @@ def _reason(name: str, module: nn.Module, place: _Place) -> str:
         "pooler": ("pooler", config.pooler),
         "head": ("head", config.head),
     }
-    if where in ("embedding", "LayerNorm"):
+    if where in ("embedding", "norm"):
         return where
     if not isinstance(module, nn.Linear | nn.Embedding):
         return "not a linear layer"

@@ -128,13 +128,14 @@ class Resilience:
             module = layer.module
             if module.weight.grad is None:  # not part of this step: the optimizer leaves the weight alone, so do we
                 continue
-            layer.signs = torch.empty_like(module.weight, dtype=torch.bool)
+            layer.signs = torch.empty(len(module.weight), _width(module), dtype=torch.bool, device=module.weight.device)
             layer.largest_grad = torch.empty_like(module.balance)
             scale = module.scale()
             scales = scale.expand_as(module.balance)  # also where there is one for the tensor
             for rows in _row_blocks(module):
-                layer.signs[rows] = is_positive(center(module.weight[rows], module.rule))
-                layer.largest_grad[rows] = largest_gradient(module.weight.grad[rows], scales[rows], module.rule)
+                layer.signs[rows] = is_positive(center(module.weight[rows].flatten(1), module.rule))
+                gradient = module.weight.grad[rows].flatten(1)
+                layer.largest_grad[rows] = largest_gradient(gradient, scales[rows], module.rule)
             if self.rule.form == "gradient":
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
                     module.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
@@ -150,7 +151,7 @@ class Resilience:
             module = layer.module
             flips, flips_back = torch.zeros_like(module.balance, dtype=torch.int32).repeat(2, 1)
             for rows in _row_blocks(module):
-                signs = is_positive(center(module.weight[rows], module.rule))
+                signs = is_positive(center(module.weight[rows].flatten(1), module.rule))
                 flipped = layer.signs[rows].bitwise_xor_(signs)  # in place of the signs, which are done with
                 flips[rows] = _true_per_row(flipped)
                 if layer.flipped is not None:
@@ -158,7 +159,7 @@ class Resilience:
             layer.count("steps", 1)
             layer.count("flips", flips.sum())
             layer.count("flip_backs", flips_back.sum())
-            share = flips.to(module.balance.dtype) / module.weight.shape[-1]
+            share = flips.to(module.balance.dtype) / _width(module)
             if self.rule.form == "decoupled":
                 module.balance.copy_(decoupled_share(share, self.rule))
                 self._pull(module, paces[id(module.weight)])
@@ -171,7 +172,7 @@ class Resilience:
         centered = module.centered()
         rate = (self.rule.strength * pace * module.balance).clamp_(max=1.0)
         by_weight, _ = reconstruction_gradients(centered, sign(centered), module.scale(), rate)
-        module.weight.sub_(by_weight)
+        module.weight.sub_(by_weight.view(module.weight.shape))
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule | None = None) -> Resilience:
@@ -257,8 +258,12 @@ def _held_blocks(module) -> Sequence[slice | Tensor]:
 
 
 def _rows_per_block(module) -> int:
-    rows, width = module.weight.shape
-    return max(1, BLOCK // width) if _in_blocks(module) else rows
+    return max(1, BLOCK // _width(module)) if _in_blocks(module) else len(module.weight)
+
+
+def _width(module) -> int:
+    """Weights in a row: a convolution has a row for each output channel."""
+    return module.weight[0].numel()
 
 
 def _in_blocks(module) -> bool:
@@ -268,11 +273,12 @@ def _in_blocks(module) -> bool:
 
 def _add_reconstruction(module, rows: slice | Tensor, scale: Tensor) -> None:
     """Add the gradients of L_R (A2) in some rows to those of the task."""
-    centered = center(module.weight[rows], module.rule)
+    weight = module.weight[rows]
+    centered = center(weight.flatten(1), module.rule)
     by_row = rows if module.rule.granularity == "row" else slice(None)
     # On a CPU to find the signs again is several times faster than to make floats of booleans.
     by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale[by_row], module.balance[rows])
-    module.weight.grad[rows] += _through_centering(by_weight, module.rule)
+    module.weight.grad[rows] += _through_centering(by_weight, module.rule).view(weight.shape)
     if module.weight_scale is not None and module.weight_scale.grad is not None:
         module.weight_scale.grad[by_row] += by_scale * torch.sign(module.weight_scale[by_row])  # the layer uses |a|
 

@@ -5,31 +5,73 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from types import NoneType
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, layout_of
+from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, inner_convolutions, layout_of
+from .binarizers import ClippedSign, ShiftedSign
 from .config import ReBNNConfig
-from .layers import LATENT_OF
+from .layers import LATENT_OF, LATENT_TYPES
 
 
 def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
-    """Full name and module of what the config chooses.
+    """Full name and module of what the config chooses; in a model that was built of latent layers, these.
 
     Raises:
         ValueError: nothing is chosen, or a pattern is wrong.
     """
+    built_in = latent_layers(model)
+    if built_in:
+        return built_in
     skipped = skipped_modules(model, config)
     targets = {name: module for name, module in _candidates(model, config) if name not in skipped}
     if not targets:
-        linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: of its {len(linears)} linear layers none is in a block "
-            f"of the encoder and selected by the config. Looked at: {', '.join(linears) or 'no linear layer'}. "
+            f"nothing to binarize in {type(model).__name__}: of its {len(found)} linear layers and convolutions none "
+            f"is in a block of the encoder and selected by the config. Looked at: {', '.join(found) or 'nothing'}. "
             f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
         )
     return targets
+
+
+def latent_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name and module of what is latent."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LATENT_TYPES)}
+
+
+INPUTS = {NoneType: "none", ShiftedSign: "rsign", ClippedSign: "sign"}
+"""What a config calls the inputs of layers that models are built of, by the type of their binarizer."""
+
+
+def built_in_config(layers: dict[str, nn.Module]) -> ReBNNConfig:
+    """What a model that was built of latent layers (`rebnn_hf.vision`) would be called by a config.
+
+    Raises:
+        ValueError: the layers differ, or have inputs that a config cannot describe.
+    """
+    kinds = {(module.rule, type(module.input_binarizer)) for module in layers.values()}
+    if len(kinds) != 1 or next(iter(kinds))[1] not in INPUTS:
+        found = ", ".join(sorted(f"{binarizer.__name__} with {rule}" for rule, binarizer in kinds))
+        raise ValueError(
+            f"the model was built of latent layers that no single config describes ({found}); build it with one weight "
+            f"rule and with inputs among {', '.join(INPUTS.values())}."
+        )
+    rule, binarizer = next(iter(kinds))
+    return ReBNNConfig(
+        weight_scale=rule.scale,
+        scale_granularity=rule.granularity,
+        scale_gradient=rule.scale_gradient,
+        weight_center=rule.center,
+        center_gradient=rule.center_gradient,
+        weight_ste=rule.ste,
+        ste_slope=rule.slope,
+        ties=rule.ties,
+        activation=INPUTS[binarizer],
+        balance_rule="flip_maxgrad" if rule.scale == "learned" else "none",
+    )
 
 
 def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -49,6 +91,7 @@ def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[s
             chosen = config.head
         if chosen:
             yield name, module
+    yield from inner_convolutions(model)
 
 
 def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
@@ -97,11 +140,13 @@ def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_
     """Raise a ValueError, in words, where a chosen module or the architecture cannot be binarized."""
     check_architecture(model, config)
     for name, module in targets.items():
-        if type(module) not in LATENT_OF:
+        if type(module) not in (*LATENT_OF, *LATENT_TYPES):
             raise ValueError(
-                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear or "
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear, nn.Conv2d or "
                 f"nn.Embedding: binarize the float model, or add {name!r} to modules_to_not_convert."
             )
+        if type(module) is nn.Conv2d:
+            _check_convolution(name, module, config)
         if not module.weight.is_floating_point():
             raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
         if module.weight.is_meta and not on_meta:
@@ -111,6 +156,25 @@ def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_
         if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
             raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
     _check_unshared(model, targets, config)
+
+
+def _check_convolution(name: str, conv: nn.Conv2d, config: ReBNNConfig) -> None:
+    if conv.padding_mode != "zeros":
+        raise ValueError(
+            f"{name} pads with padding_mode={conv.padding_mode!r}, which 1-bit convolutions do not; add {name!r} to "
+            "modules_to_not_convert."
+        )
+    if config.activation in ("sign", "rsign"):
+        raise ValueError(
+            f"{name} reads what an activation function leaves, which is (nearly) never negative: activation="
+            f"{config.activation!r} would see one sign only; use activation='elastic', or a network built for signs "
+            "(rebnn_hf.vision)."
+        )
+    if config.activation == "token":
+        raise ValueError(
+            "activation='token' has a scale for each position, and a convolution sums over positions; use "
+            "activation='elastic' with 8 bits."
+        )
 
 
 def check_architecture(model, config: ReBNNConfig) -> None:
@@ -156,7 +220,7 @@ def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
     config.not_converted = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and name not in targets
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding) and name not in targets
     ]
     config.state = "latent"
 
@@ -197,7 +261,7 @@ def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
                 f"the checkpoint's config calls {name!r} a 1-bit module, but {type(model).__name__} has none of that "
                 "name; config and architecture do not belong together."
             )
-        if type(modules[name]) not in LATENT_OF:
+        if type(modules[name]) not in (*LATENT_OF, *LATENT_TYPES):
             raise ValueError(
                 f"the checkpoint's config calls {name!r} a 1-bit module, but in {type(model).__name__} it is a "
                 f"{type(modules[name]).__name__}."

@@ -129,7 +129,7 @@ REFUSALS = {
     "subclass": (
         with_subclass,
         {},
-        rf"{LAST} is a .*\.MyLinear, not a plain nn\.Linear .* add 'bert.* to modules_to_not_convert",
+        rf"{LAST} is a .*\.MyLinear, not a plain nn\.Linear, .* add 'bert.* to modules_to_not_convert",
     ),
     "shared module": (with_shared_module, {}, rf"layer\.0\.output\.dense\.weight is shared with {LAST}\.weight"),
     "shared weight": (with_shared_weight, {}, rf"layer\.0\.output\.dense\.weight is shared with {LAST}\.weight"),

@@ -232,7 +232,7 @@ def test_notes_say_why_a_module_is_float():
     found = notes(binarize(bert(), ReBNNConfig(**choices)))
     assert found["bert.encoder.layer.0.output.dense"] == "latent: 32 while training, 1 packed; bias float"
     assert found["bert.encoder.layer.1.attention.self.query"] == "float: listed in modules_to_not_convert"
-    assert found["bert.encoder.layer.0.output.LayerNorm"] == "float: LayerNorm"
+    assert found["bert.encoder.layer.0.output.LayerNorm"] == "float: norm"
     assert found["bert.embeddings.word_embeddings"] == "float: word embeddings (word_embeddings=False)"
     assert found["bert.embeddings.position_embeddings"] == "float: embedding"
     assert found["bert.pooler.dense"] == "float: pooler (pooler=False)"
@@ -256,7 +256,7 @@ def test_notes_say_what_scales_and_shifts_belong_to():
     for name in ("query", "key", "value", "probabilities"):
         assert found[f"{block}.attention.self.binary_attention.{name}"] == "scale of 4-bit attention"
     assert found["bert.embeddings.position_embeddings"] == "float: embedding"
-    assert found[f"{block}.output.LayerNorm"] == "float: LayerNorm"
+    assert found[f"{block}.output.LayerNorm"] == "float: norm"
     found = notes(binarize(bert(), ReBNNConfig.preset("reactnet")))
     assert found[f"{block}.intermediate.dense.input_binarizer"] == "shift of 1-bit inputs"
     assert found[f"{block}.intermediate.intermediate_act_fn"] == "shifts and slopes of RPReLU"

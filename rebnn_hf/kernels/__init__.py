@@ -7,6 +7,8 @@ Both give the same integers; floats may differ by rounding.
 Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.export` trace them:
 
 - `linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift)`: codes of x times signs.
+- `conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding)`: the
+  same of the windows of an image.
 - `embedding(indices, bits, weight_scale, width)`: rows of a 1-bit table.
 - `attention(query, key, value, mask, table, threshold, scale)`: of 1-bit queries, keys, values and probabilities.
 - `encoder(hidden, mask, image)`: a stack of fully binary BERT layers, see `fusion`.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +36,10 @@ _library.define(
     "linear(Tensor x, Tensor bits, Tensor? layout, Tensor weight_scale, Tensor? bias, str codes, int width, int low, "
     "Tensor? input_scale, Tensor? shift) -> Tensor"
 )
+_library.define(
+    "conv2d(Tensor x, Tensor bits, Tensor? layout, Tensor weight_scale, Tensor? bias, str codes, int width, int low, "
+    "Tensor? input_scale, Tensor? shift, int[] kernel, int[] stride, int[] padding) -> Tensor"
+)
 _library.define("embedding(Tensor indices, Tensor bits, Tensor weight_scale, int width) -> Tensor")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? table, Tensor threshold, Tensor scale) "
@@ -44,7 +50,7 @@ _library.define("encoder(Tensor hidden, Tensor? mask, Tensor image) -> Tensor")
 
 @dataclass(frozen=True)
 class Codes:
-    """How the inputs of a linear layer become integers, as the engine knows it (`rebnn.h`).
+    """How the inputs of a layer become integers, as the engine knows it (`rebnn.h`).
 
     Args:
         kind: `float`, they do not; `sign`, -1 and +1 of x + shift; `levels`, clip(floor((x + shift) / scale + 1/2)) to
@@ -52,7 +58,7 @@ class Codes:
         width: bits of a code.
         low: the lowest of `levels`.
         scale: a [1], multiplies the result; None for 1.
-        shift: [M], or None.
+        shift: [M], of a convolution [C]; or None.
     """
 
     kind: str = "float"
@@ -147,6 +153,42 @@ def linear(
     )
 
 
+def conv2d(
+    x: Tensor,
+    bits: Tensor,
+    layout: Tensor | None,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: Codes,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`conv2d(c, b) * (weight_scale * input scale) + bias` by the C library, for inputs that `serves` accepts.
+
+    The padding is zeros of c, whatever x = 0 would become: a padded position adds nothing to a product. One group,
+    dilation 1.
+
+    Args:
+        x: [N, C, H, W], floating point.
+        bits: b in the bit format, uint8 [O, ceil(C * kh * kw / 8)], elements of a row in the order [C][kh][kw].
+        layout: b as `cpu.conv_layout(bits, C, kernel, codes.layout)` gives it; None: made for this call.
+        weight_scale: [O].
+        bias: [O] or None.
+        codes: how x becomes c, `sign` or `levels`; its shift is [C].
+        kernel, stride, padding: (height, width) each.
+
+    Returns:
+        [N, O, H', W'] in the type of x, contiguous; H' = floor((H + 2 pad - kernel) / stride) + 1, W' alike. Computed
+        in float32.
+
+    Raises:
+        ValueError: shapes, types or codes that do not fit, or a kernel larger than the padded image.
+    """
+    described = (codes.kind, codes.width, codes.low, codes.scale, codes.shift)
+    return torch.ops.rebnn.conv2d(x, bits, layout, weight_scale, bias, *described, kernel, stride, padding)
+
+
 def embedding(indices: Tensor, bits: Tensor, weight_scale: Tensor, width: int) -> Tensor:
     """`weight_scale_i * b_i` for each index i by the C library: [...] -> [..., width]."""
     return torch.ops.rebnn.embedding(indices, bits, weight_scale, width)
@@ -213,6 +255,22 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
         scale = 1.0 if input_scale is None else float(input_scale)
         y = cpu.linear(rows, layout, weight_scale, bias, codes, width, low, scale, _floats(shift))
     return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
+
+
+def _conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding):
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [batch, channels, height, width], got a shape of {(*x.shape,)}.")
+    features = x.shape[1] * math.prod(kernel)
+    if bits.dtype != torch.uint8 or bits.shape != (weight_scale.numel(), (features + 7) // 8):
+        raise ValueError(
+            f"bits of {x.shape[1]} channels, a kernel of {(*kernel,)} and {weight_scale.numel()} outputs are uint8 "
+            f"{(weight_scale.numel(), (features + 7) // 8)}, got {bits.dtype} {(*bits.shape,)}."
+        )
+    layout = cpu.conv_layout(bits, x.shape[1], kernel, Codes(codes, width).layout) if layout is None else layout
+    scale = 1.0 if input_scale is None else float(input_scale)
+    tensors = (_floats(x), layout, _floats(weight_scale), _floats(bias))
+    y = cpu.conv2d(*tensors, codes, width, low, scale, _floats(shift), kernel, stride, padding)
+    return y.to(x.dtype)
 
 
 def _floats(tensor: Tensor | None) -> Tensor | None:
@@ -282,6 +340,7 @@ def padding_mask(mask: Tensor, length: int) -> Tensor:
 
 for _name, _function in (
     ("linear", _linear),
+    ("conv2d", _conv2d),
     ("embedding", _embedding),
     ("attention", _attention),
     ("encoder", _encoder),
@@ -292,6 +351,13 @@ for _name, _function in (
 @torch.library.register_fake("rebnn::linear")
 def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift):
     return x.new_empty(*x.shape[:-1], bits.shape[0])
+
+
+@torch.library.register_fake("rebnn::conv2d")
+def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding):
+    spatial = zip(x.shape[2:], padding, kernel, stride, strict=True)
+    size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spatial]
+    return x.new_empty(x.shape[0], bits.shape[0], *size)
 
 
 @torch.library.register_fake("rebnn::embedding")

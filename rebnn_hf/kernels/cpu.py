@@ -9,7 +9,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 ABI_VERSION = 1
 WORDS, QUADS = 0, 1  # rebnn_layout
 CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
+CONV_CODES = ("sign", "levels")  # those of convolutions: a pixel has no scale of its own
 ALIGNMENT = 64  # bytes, of layouts and images
 HEADER_BYTES = 128  # of an encoder's image
 ISA_ENVIRONMENT = "REBNN_ISA"
@@ -51,6 +52,11 @@ _SIGNATURES = {
     "rebnn_linear": (
         *(c_int, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, POINTER(_Input)),
         *(c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "rebnn_conv_layout_size": (c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
+    "rebnn_conv_layout_fill": (c_int, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "rebnn_conv2d": (
+        *(c_int, c_void_p, c_int, *(c_int64,) * 11, c_void_p, POINTER(_Input), c_void_p, c_void_p, c_void_p, c_void_p),
     ),
     "rebnn_embedding": (c_int, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "rebnn_attention": (
@@ -287,6 +293,108 @@ def prepare_linear(
         pointers = map(_pointer, (layout, weight_scale, bias, y))
         status = function(chosen, threads, rows, inputs, outputs, x.data_ptr(), byref(described), *pointers)
         _done(status, "rebnn_linear")
+        return y
+
+    return call
+
+
+@lru_cache(maxsize=4096)
+def _conv_layout_size(kind: int, outputs: int, channels: int, kernel_h: int, kernel_w: int) -> int:
+    size = _library().rebnn_conv_layout_size(kind, outputs, channels, kernel_h, kernel_w)
+    if size < 0:
+        raise ValueError(
+            f"no layout {kind} of {outputs} outputs, {channels} channels and a kernel of {kernel_h} x {kernel_w}: "
+            "out of range."
+        )
+    return size
+
+
+def _pair(name: str, values: Sequence[int], least: int) -> tuple[int, int]:
+    if len(values) != 2 or not all(least <= value < 2**31 for value in values):
+        raise ValueError(f"{name} must be two integers, (height, width), of at least {least}, got {tuple(values)}.")
+    return tuple(values)
+
+
+def conv_layout(bits: Tensor, channels: int, kernel: Sequence[int], kind: int) -> Tensor:
+    """Signs of a convolution in the order the kernels read them (`rebnn_conv_layout_fill`).
+
+    Args:
+        bits: uint8 [O, ceil(C * kh * kw / 8)], the bit format; elements of a row in the order [C][kh][kw].
+        channels: C.
+        kernel: (kh, kw).
+        kind: WORDS or QUADS.
+
+    Returns:
+        uint8 [bytes].
+    """
+    kernel = _pair("kernel", kernel, 1)
+    bits = bits.contiguous()
+    _expect("bits", bits, torch.uint8, *bits.shape[:1], (channels * kernel[0] * kernel[1] + 7) // 8)
+    result = torch.empty(_conv_layout_size(kind, len(bits), channels, *kernel), dtype=torch.uint8)
+    status = _library().rebnn_conv_layout_fill(kind, len(bits), channels, *kernel, _pointer(bits), _pointer(result))
+    _done(status, "rebnn_conv_layout_fill")
+    return result
+
+
+def conv2d(
+    x: Tensor,
+    layout: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: str,
+    width: int,
+    low: int,
+    scale: float,
+    shift: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`rebnn_conv2d`: x float32 [N, C, H, W] -> float32 [N, O, H', W'], H' = floor((H + 2 pad - kernel) / stride) + 1
+    and W' alike; layout of `conv_layout`, shift [C]; kernel, stride and padding (height, width)."""
+    return prepare_conv2d(x, layout, weight_scale, bias, codes, width, low, scale, shift, kernel, stride, padding)()
+
+
+def prepare_conv2d(
+    x: Tensor,
+    layout: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: str,
+    width: int,
+    low: int,
+    scale: float,
+    shift: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Callable[[], Tensor]:
+    """`conv2d` with everything checked, as `prepare_linear` is to `linear`."""
+    if x.ndim != 4:
+        raise ValueError(f"x must be images [batch, channels, height, width], got a shape of {tuple(x.shape)}.")
+    _expect("x", x, torch.float32, *x.shape)
+    outputs = weight_scale.numel()
+    _expect("weight_scale", weight_scale, torch.float32, outputs)
+    _expect("bias", bias, torch.float32, outputs)
+    kernel, stride, padding = _pair("kernel", kernel, 1), _pair("stride", stride, 1), _pair("padding", padding, 0)
+    kind = QUADS if width == 8 else WORDS
+    _expect("layout", layout, torch.uint8, _conv_layout_size(kind, outputs, x.shape[1], *kernel))
+    if codes not in CONV_CODES:
+        raise ValueError(f"codes={codes!r} are none of a convolution; expected one of {', '.join(CONV_CODES)}.")
+    described = _input(codes, width, low, scale, shift, x.shape[1])
+    spatial = zip(x.shape[2:], padding, kernel, stride, strict=True)
+    size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spatial]
+    if min(size) < 1:
+        raise ValueError(f"a kernel of {kernel} does not fit into {tuple(x.shape[2:])} with a padding of {padding}.")
+    layout = _aligned(layout)
+    y = torch.empty(len(x), outputs, *size)
+    function, chosen, threads = _library().rebnn_conv2d, isa(), torch.get_num_threads()
+    sizes = (*x.shape, outputs, *kernel, *stride, *padding)
+
+    def call() -> Tensor:
+        pointers = map(_pointer, (layout, weight_scale, bias, y))
+        status = function(chosen, threads, *sizes, x.data_ptr(), byref(described), *pointers)
+        _done(status, "rebnn_conv2d")
         return y
 
     return call
