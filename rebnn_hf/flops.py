@@ -8,12 +8,14 @@ float one whatever the other factor: signs of weights alone (W1A32) save multipl
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, layout_of
+from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, inner_convolutions, layout_of
 from .binarizers import Elastic, TokenInt8
 from .layers import LATENT_TYPES, PACKED_TYPES
 
@@ -22,6 +24,9 @@ PARTS = (
     "linear layers of the blocks",
     "products of attention",
     "pooler",
+    "stem and other convolutions",
+    "convolutions of the blocks",
+    "linear layers",
     "head",
 )
 """Parts of `operations`, in the order of its rows."""
@@ -59,44 +64,46 @@ class Operations:
     """Result of `operations`; `print` shows it as a table that says what is counted.
 
     Attributes:
-        tokens: of the sequence.
+        inputs: what is counted for, in words.
         rows: one per part and bits.
         totals: `macs`; `float_flops` = 2 * macs, were all float; `equivalent_flops`; and their `ratio`.
     """
 
-    tokens: int
+    inputs: str
     rows: list[Products]
     totals: dict[str, float]
 
     def to_dict(self) -> dict:
-        """Tokens, rows and totals as plain data for JSON."""
-        return {"tokens": self.tokens, "rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
+        """Inputs, rows and totals as plain data for JSON."""
+        return {"inputs": self.inputs, "rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
 
     def __str__(self) -> str:
         totals = self.totals
-        title = f"one sequence of {self.tokens} tokens"
         lines = [
-            f"{title:<34}{'bits':>8}{'MACs':>20}{'equivalent FLOPs':>20}",
+            f"{self.inputs:<34}{'bits':>8}{'MACs':>20}{'equivalent FLOPs':>20}",
             *(_line(row.part, "{} x {}".format(*row.bits), row.macs, row.equivalent_flops) for row in self.rows),
             _line("total", "", totals["macs"], totals["equivalent_flops"]),
             f"all in float: {totals['float_flops']:,} FLOPs (2 for each multiply-accumulate), "
             f"{totals['ratio']:.1f} x as many",
             "Equivalent FLOPs: an m x n-bit multiply-accumulate is m * n / 64 of a float one, and with a float factor",
             "(W1A32) a whole one. An ideal for comparing methods, never a measured speed. Not counted: look-ups and",
-            "elementwise float work (LayerNorm, softmax, activation functions, scales, biases, binarization).",
+            "elementwise float work (norms, softmax, activation functions, scales, biases, binarization).",
         ]
         return "\n".join(lines)
 
 
-def operations(model: PreTrainedModel, tokens: int = 128) -> Operations:
-    """Multiply-accumulates of one sequence, by the bits of their factors.
+def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224) -> Operations:
+    """Multiply-accumulates of one sequence or one image, by the bits of their factors.
 
     A linear layer O x M takes tokens * O * M (pooler, and heads that see one vector for each sequence: O * M); the two
-    products of attention take 2 * tokens^2 * hidden size in each block. Elementwise work and look-ups are not counted.
+    products of attention take 2 * tokens^2 * hidden size in each block; a convolution O * M for each position of its
+    output, padding included, M = C / groups * kh * kw. Elementwise work and look-ups are not counted.
 
     Args:
-        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`; it may be on the meta device.
+        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`, or a convolutional network, which
+            runs once on a blank image; it may be on the meta device.
         tokens: of the sequence, without padding.
+        image_size: height and width of the image.
 
     Returns:
         Rows and totals, also in equivalent FLOPs (see the head of this file). `print(operations(model))` shows a
@@ -104,16 +111,19 @@ def operations(model: PreTrainedModel, tokens: int = 128) -> Operations:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an architecture or head of which it is not known what it multiplies; `tokens` is no positive
-            integer.
+        ValueError: an architecture or head of which it is not known what it multiplies; `tokens` or `image_size` is no
+            positive integer.
 
     Example:
         >>> print(rebnn_hf.operations(model, tokens=384))
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"operations() expects a transformers PreTrainedModel, got {type(model).__name__}.")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r} must be a positive integer.")
+    for name, value in (("tokens", tokens), ("image_size", image_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
+    if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:  # one embeds the patches of a transformer
+        return _result(f"one image of {image_size} x {image_size}", _image_macs(model, image_size))
     _check_architecture(model)
     macs: dict[tuple[str, tuple[int, int]], int] = {}
     for name, module in model.named_modules():
@@ -125,6 +135,10 @@ def operations(model: PreTrainedModel, tokens: int = 128) -> Operations:
     for _, block in blocks(model):
         key = ("products of attention", _attention_bits(model, block))
         macs[key] = macs.get(key, 0) + 2 * tokens**2 * model.config.hidden_size
+    return _result(f"one sequence of {tokens} tokens", macs)
+
+
+def _result(inputs: str, macs: dict[tuple[str, tuple[int, int]], int]) -> Operations:
     rows = [
         Products(part, bits, count, 2 * count * _cost(bits))
         for (part, bits), count in sorted(macs.items(), key=lambda item: (PARTS.index(item[0][0]), item[0][1]))
@@ -136,7 +150,37 @@ def operations(model: PreTrainedModel, tokens: int = 128) -> Operations:
         "equivalent_flops": equivalent,
         "ratio": 2 * total / equivalent,
     }
-    return Operations(tokens, rows, totals)
+    return Operations(inputs, rows, totals)
+
+
+@torch.no_grad()
+def _image_macs(model: PreTrainedModel, size: int) -> dict[tuple[str, tuple[int, int]], int]:
+    """Multiply-accumulates of a convolutional network, by what its layers make of a blank image."""
+    inner = dict(inner_convolutions(model))
+    macs: dict[tuple[str, tuple[int, int]], int] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    first = next(module for module in layers.values() if isinstance(module, nn.Conv2d))
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        if isinstance(layer, nn.Linear):
+            part, width = "linear layers", layer.in_features
+        else:
+            part = "convolutions of the blocks" if name in inner else "stem and other convolutions"
+            width = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        key = (part, linear_bits(layer))
+        macs[key] = macs.get(key, 0) + output.numel() * width
+
+    handles = [m.register_forward_hook(lambda layer, _, y, n=n: count(n, layer, y)) for n, m in layers.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    blank = first.weight.new_zeros(1, first.in_channels, size, size)  # the stem is float
+    try:
+        model.eval()(pixel_values=blank)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    return macs
 
 
 def _line(part: str, bits: str, macs: int, flops: float) -> str:
@@ -144,7 +188,7 @@ def _line(part: str, bits: str, macs: int, flops: float) -> str:
 
 
 def linear_bits(linear: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Bits of weights and inputs of a linear layer or convolution; what is not binarized has those of its float type."""
+    """Bits of weights and inputs of a linear layer or convolution; those that are float have those of their type."""
     width = 8 * (linear.weight_scale if isinstance(linear, PACKED_TYPES) else linear.weight).itemsize
     if not isinstance(linear, LATENT_TYPES + PACKED_TYPES):
         return width, width

@@ -67,7 +67,7 @@ def test_float_bert_base():
         ("products of attention", (32, 32)): 301_989_888,
         ("pooler", (32, 32)): 589_824,
     }
-    assert result.tokens == 128
+    assert result.inputs == "one sequence of 128 tokens"
     assert result.totals == {
         "macs": BASE,
         "float_flops": 22_348_431_360,
@@ -237,7 +237,7 @@ def test_table_says_what_it_counts():
 def test_to_dict_is_json():
     result = operations(binarize(small(), ReBNNConfig.preset("rebnn-bibert-w1a1")), tokens=3)
     data = json.loads(json.dumps(result.to_dict()))
-    assert data["tokens"] == 3
+    assert data["inputs"] == "one sequence of 3 tokens"
     assert data["totals"] == result.totals
     assert data["rows"][1] == {
         "part": "products of attention",
