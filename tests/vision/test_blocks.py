@@ -1,0 +1,116 @@
+"""Units of the image models against their equations, forward and backward, in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the extra rebnn_hf[vision]")
+
+import equations
+from torch import nn
+
+from rebnn_hf.functional import WeightRule
+from rebnn_hf.layers import BinaryConv2d
+from rebnn_hf.vision.blocks import REACTNET, BinaryUnit, ChannelRPReLU, SignConv2d
+from rebnn_hf.vision.reactnet import _block
+from rebnn_hf.vision.resnet import _stage
+
+KINDS = {"learned": WeightRule(), "mean_abs": REACTNET, "float": None}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def image(chs, height=5, width=7):
+    return torch.randn(2, chs, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_resnet_units(kind):
+    first, second = equations.randomize(_stage(1, 2, KINDS[kind]).double())
+    x = image(64)
+    y = first(x)
+    assert y.shape == (2, 128, 3, 4)
+    torch.testing.assert_close(y, equations.unit(first, x, kind, equations.downsampled(first), stride=2))
+    torch.testing.assert_close(second(y), equations.unit(second, y, kind, lambda x: x))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("out_chs", [8, 16])
+def test_mobilenet_block(kind, stride, out_chs):
+    block = equations.randomize(_block(8, out_chs, stride, KINDS[kind]).double())
+    x = image(8)
+    spatial = equations.unit(block.spatial, x, kind, equations.halve if stride == 2 else lambda x: x, stride)
+    expected = equations.unit(block.pointwise, spatial, kind, lambda x: torch.cat([x] * (out_chs // 8), 1))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_padding_is_behind_the_sign(kind):
+    unit = equations.randomize(BinaryUnit(1, 1, 3, rule=KINDS[kind]).double())
+    y = unit.conv(torch.ones(1, 1, 1, 1, dtype=torch.float64) * 9)
+    torch.testing.assert_close(y[0, 0], equations.weight_of(unit.conv, kind)[0, :, 1, 1].view(1, 1))
+
+
+def test_gradients_of_a_unit(kind):
+    """dW = G * 1[|W| <= 1], times alpha for the chain rule of learned scales; d alpha = sum G b (A2, D3); D1 for x."""
+    unit = equations.randomize(BinaryUnit(4, 6, 3, 2, nn.AvgPool2d(2), KINDS[kind]).double())
+    unit.shortcut = nn.Conv2d(4, 6, 1, stride=2, bias=False).double()  # any shortcut
+    x = image(4, 6, 6).requires_grad_()
+    conv, shift = unit.conv, unit.conv.input_binarizer.shift
+    unit(x).sin().sum().backward()
+
+    z = x.detach() + equations.by_channel(shift.detach())
+    codes = equations.sign(z).requires_grad_()
+    weight = equations.weight_of(conv, kind).detach().requires_grad_()
+    by_shortcut = x.detach().requires_grad_()
+    y = equations.norm(equations.convolve(codes, weight, 2), unit.norm) + unit.shortcut(by_shortcut)
+    equations.rprelu(y, unit.act.shift_in, unit.act.slope, unit.act.shift_out).sin().sum().backward()
+
+    G, window = weight.grad, (conv.weight.abs() <= 1).double()
+    assert 0 < window.mean() < 1
+    if kind == "learned":
+        alpha = conv.weight_scale
+        torch.testing.assert_close(conv.weight.grad, G * window * alpha.detach().abs()[:, None, None, None])
+        by_scale = (G * equations.sign(conv.weight.detach())).sum((1, 2, 3)) * alpha.detach().sign()
+        torch.testing.assert_close(alpha.grad, by_scale)
+    else:
+        torch.testing.assert_close(conv.weight.grad, G * window if kind == "mean_abs" else G)
+    by_codes = codes.grad * (2 - 2 * z.abs()).clamp(min=0)
+    torch.testing.assert_close(x.grad, by_codes + by_shortcut.grad)
+    torch.testing.assert_close(shift.grad, by_codes.sum((0, 2, 3)))
+
+
+def test_rsign_oracle(kind):
+    """D1: slopes 2 - 2|x| at +-1.5, +-.75, +-.25, whatever the channel they are in."""
+    values = torch.tensor([1.5, -1.5, 0.75, -0.75, 0.25, -0.25], dtype=torch.float64)
+    conv = BinaryUnit(6, 6, 1, rule=KINDS[kind]).double().conv
+    with torch.no_grad():
+        conv.weight.copy_(torch.eye(6)[:, :, None, None] * 2 - 1)  # signs +1 on the diagonal, else -1
+        conv.input_binarizer.shift.copy_(values)
+        if kind == "learned":
+            conv.weight_scale.fill_(1)
+    x = torch.zeros(1, 6, 1, 1, dtype=torch.float64, requires_grad=True)
+    y = conv(x)
+    codes = torch.tensor([1, -1, 1, -1, 1, -1], dtype=torch.float64)
+    torch.testing.assert_close(y.flatten(), 2 * codes - codes.sum())
+    y[0, 2].backward()
+    slopes = torch.tensor([0, 0, 0.5, 0.5, 1.5, 1.5], dtype=torch.float64)
+    torch.testing.assert_close(x.grad.flatten(), slopes * torch.tensor([-1, -1, 1, -1, -1, -1]))
+
+
+def test_rprelu_oracle():
+    """D2, and a channel of its own for each set of parameters."""
+    act = ChannelRPReLU(2).double()
+    assert [p.tolist() for p in act.parameters()] == [[0, 0], [0.25, 0.25], [0, 0]]
+    with torch.no_grad():
+        for parameter, values in zip(act.parameters(), ([-0.5, 0.0], [0.25, 0.5], [0.1, 3.0]), strict=True):
+            parameter.copy_(torch.tensor(values))
+    x = torch.tensor([-1, 0.5, 2], dtype=torch.float64).expand(1, 2, 1, 3)
+    expected = torch.tensor([[[[-0.275, 0.1, 1.6]], [[2.5, 3.5, 5.0]]]], dtype=torch.float64)
+    torch.testing.assert_close(act(x), expected, atol=1e-7, rtol=0)
+
+
+def test_types_and_bias(kind):
+    conv = BinaryUnit(4, 4, 3, rule=KINDS[kind]).conv
+    assert type(conv) is (SignConv2d if kind == "float" else BinaryConv2d) and conv.bias is None
+    assert (getattr(conv, "weight_scale", None) is not None) == (kind == "learned")
