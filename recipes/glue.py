@@ -261,7 +261,7 @@ def pack_student(job: Job) -> dict[str, Any]:
     save(job, rebnn_hf.pack(student, dtype), "packed")
     packed = job.auto_model.from_pretrained(folder)
     packed_logits = job.validate(packed)
-    if job.arguments.binary.config().activation == "none":
+    if student.config.quantization_config.activation == "none":
         check_equal(latent_logits, packed_logits, dtype)
     elif dtype == torch.float32:
         with use_backend("reference"):
@@ -356,10 +356,11 @@ def train_logged(job: Job, trainer: Trainer, name: str) -> Trained:
 
 
 def save(job: Job, model: PreTrainedModel, stage: str) -> None:
-    """Leaves model and tokenizer in the stage's folder."""
+    """Leaves the model, with its tokenizer if it has one, in the stage's folder."""
     if job.process.is_main_process:
         model.save_pretrained(job.run.folder(stage))
-        job.tokenizer.save_pretrained(job.run.folder(stage))
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(job.run.folder(stage))
     job.process.wait_for_everyone()
 
 

@@ -18,7 +18,8 @@ from rebnn_hf.presets import CONFIGS, loss_fields
 DEFAULT_MODEL = "google-bert/bert-base-uncased"
 
 
-def _option(help_text: str, default: Any = None, **metadata: Any) -> Any:
+def option(help_text: str, default: Any = None, **metadata: Any) -> Any:
+    """A field of a group of options; the help names its default."""
     if default not in (None, False):
         help_text += f"; default: {default}"
     return field(default=default, metadata={"help": help_text, **metadata})
@@ -30,17 +31,17 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    task: str | None = _option(
+    task: str | None = option(
         "a GLUE task, or `demo`, a small one that comes with this script; default: demo, without --train_file",
         choices=list(TASKS),
     )
-    data_dir: str | None = _option("folder with the GLUE files; without it they come from the Hub")
-    train_file: str | None = _option("your training examples (csv, tsv or json)")
-    validation_file: str | None = _option("your validation examples")
-    test_file: str | None = _option("your test examples, labelled or not: predictions are written for them")
-    max_length: int | None = _option("longest input in tokens; default: the task's")
-    max_train_samples: int | None = _option("train on this many examples only (the first ones)")
-    max_eval_samples: int | None = _option("evaluate on this many examples only (the first ones)")
+    data_dir: str | None = option("folder with the GLUE files; without it they come from the Hub")
+    train_file: str | None = option("your training examples (csv, tsv or json)")
+    validation_file: str | None = option("your validation examples")
+    test_file: str | None = option("your test examples, labelled or not: predictions are written for them")
+    max_length: int | None = option("longest input in tokens; default: the task's")
+    max_train_samples: int | None = option("train on this many examples only (the first ones)")
+    max_eval_samples: int | None = option("evaluate on this many examples only (the first ones)")
 
     def check(self) -> None:
         """Raises a ValueError where options contradict each other."""
@@ -71,11 +72,11 @@ class TeacherArguments:
 
     _argument_group_name = "teacher"
 
-    model_name_or_path: str | None = _option(f"the pretrained encoder; default: {DEFAULT_MODEL}")
-    teacher: str | None = _option("an already fine-tuned model (name or folder); without it one is fine-tuned first")
-    teacher_learning_rate: float | None = _option("default: the task's")
-    teacher_epochs: float | None = _option("default: the task's")
-    teacher_runs: int | None = _option(
+    model_name_or_path: str | None = option(f"the pretrained encoder; default: {DEFAULT_MODEL}")
+    teacher: str | None = option("an already fine-tuned model (name or folder); without it one is fine-tuned first")
+    teacher_learning_rate: float | None = option("default: the task's")
+    teacher_epochs: float | None = option("default: the task's")
+    teacher_runs: int | None = option(
         "average the weights of this many fine-tunings, which differ in data order and dropout; default: the task's"
     )
 
@@ -91,33 +92,33 @@ class StudentArguments:
 
     _argument_group_name = "student"
 
-    learning_rate: float | None = _option("of everything that stays float; default: the task's")
-    latent_learning_rate: float | None = _option("of the latent weights; default: the learning rate")
-    scale_learning_rate: float | None = _option("of the scales; default: the learning rate")
-    activation_learning_rate: float | None = _option(
+    learning_rate: float | None = option("of everything that stays float; default: the task's")
+    latent_learning_rate: float | None = option("of the latent weights; default: the learning rate")
+    scale_learning_rate: float | None = option("of the scales; default: the learning rate")
+    activation_learning_rate: float | None = option(
         "of scales and shifts of few-bit activations; default: ten times the learning rate"
     )
-    epochs: float | None = _option("of each stage; default: the task's")
-    max_steps: int = _option("this many steps instead of epochs; -1 counts epochs", default=-1)
-    batch_size: int | None = _option("examples per step, over all processes; default: the task's")
-    dropout: float = _option("of the student; it imitates a teacher without dropout", default=0.0)
-    train_embeddings: bool = _option("train the float embeddings too, not only what reads them", default=False)
-    warm_up: float = _option("share of the steps before the learning rate falls linearly to 0", default=0.06)
-    latent_weight_decay: float | None = _option("weight decay of the latent weights")
-    hidden_loss: Literal["relative_mse", "mse", "direction"] | None = _option("distance between hidden states")
-    hidden_weight: float | None = _option("weight of the hidden-state loss")
-    logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = _option("distance between logits")
-    logits_weight: float | None = _option("weight of the logits loss")
-    logits_reduction: Literal["batch", "batch_class"] | None = _option("mean of the soft cross-entropy")
-    temperature: float | None = _option("of the logits loss")
-    label_weight: float | None = _option("weight of the loss against the labels")
-    relation_weight: float | None = _option("weight of the query/key/value relation loss")
-    attention_weight: float | None = _option("weight of the attention-score loss")
-    stage_teacher: Literal["float", "previous"] = _option("teacher of the stages behind the first", default="float")
-    stage_weight_scales: Literal["carry", "reset"] = _option(
+    epochs: float | None = option("of each stage; default: the task's")
+    max_steps: int = option("this many steps instead of epochs; -1 counts epochs", default=-1)
+    batch_size: int | None = option("examples per step, over all processes; default: the task's")
+    dropout: float = option("of the student; it imitates a teacher without dropout", default=0.0)
+    train_embeddings: bool = option("train the float embeddings too, not only what reads them", default=False)
+    warm_up: float = option("share of the steps before the learning rate falls linearly to 0", default=0.06)
+    latent_weight_decay: float | None = option("weight decay of the latent weights")
+    hidden_loss: Literal["relative_mse", "mse", "direction"] | None = option("distance between hidden states")
+    hidden_weight: float | None = option("weight of the hidden-state loss")
+    logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = option("distance between logits")
+    logits_weight: float | None = option("weight of the logits loss")
+    logits_reduction: Literal["batch", "batch_class"] | None = option("mean of the soft cross-entropy")
+    temperature: float | None = option("of the logits loss")
+    label_weight: float | None = option("weight of the loss against the labels")
+    relation_weight: float | None = option("weight of the query/key/value relation loss")
+    attention_weight: float | None = option("weight of the attention-score loss")
+    stage_teacher: Literal["float", "previous"] = option("teacher of the stages behind the first", default="float")
+    stage_weight_scales: Literal["carry", "reset"] = option(
         "weight scales of a later stage: those of the one before, or new", default="carry"
     )
-    stage_activation_scales: Literal["carry", "reset"] = _option("the same of its activations", default="reset")
+    stage_activation_scales: Literal["carry", "reset"] = option("the same of its activations", default="reset")
 
 
 @dataclass
@@ -126,13 +127,13 @@ class AugmentationArguments:
 
     _argument_group_name = "augmentation"
 
-    augment: int = _option(
+    augment: int = option(
         "N new sentences for each training example of the student, whose epochs become N + 1 times as long; default: 0",
         default=0,
     )
-    augmentation_probability: float = _option("probability of each word to be replaced", default=0.4)
-    augmentation_candidates: int = _option("words to choose from for each word that is replaced", default=15)
-    augmentation_model: str | None = _option(
+    augmentation_probability: float = option("probability of each word to be replaced", default=0.4)
+    augmentation_candidates: int = option("words to choose from for each word that is replaced", default=15)
+    augmentation_model: str | None = option(
         "masked language model that proposes the words; default: the pretrained encoder, whose embedding neighbours "
         "are taken where it has no such head"
     )
@@ -161,34 +162,34 @@ class BinaryArguments:
 
     _argument_group_name = "binarization"
 
-    preset: str | None = _option("a named method; the options below override its choices", choices=list(CONFIGS))
+    preset: str | None = option("a named method; the options below override its choices", choices=list(CONFIGS))
     stages: list[str] = field(
         default_factory=list,
         metadata={"help": "presets to train through before --preset, each from the one before", "nargs": "+"},
     )
 
-    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = _option("the rule for the balance")
-    balance_form: Literal["gradient", "decoupled"] | None = _option("where the pull of the balance is applied")
-    balance_strength: float | None = _option("strength of the decoupled form")
-    balance_value: float | None = _option("the balance itself, with --balance_rule const")
-    balance_lower: float | None = _option("lower bound of the balance")
-    balance_upper: float | None = _option("upper bound of the balance")
-    weight_scale: Literal["learned", "mean_abs"] | None = _option("where the scales come from")
-    scale_granularity: Literal["row", "tensor"] | None = _option("one scale for each row or for each tensor")
-    scale_gradient: Literal["none", "exact", "xnor"] | None = _option("gradient through a closed-form scale")
-    weight_center: Literal["none", "row", "tensor"] | None = _option("mean taken off before the sign")
-    weight_ste: Literal["clip", "identity"] | None = _option("window of the straight-through gradient")
-    ste_slope: Literal["scale", "unit"] | None = _option("slope of the straight-through gradient")
-    activation: Literal["none", "sign", "rsign", "elastic", "token"] | None = _option("inputs of 1-bit layers")
-    activation_bits: int | None = _option("their bits")
-    signed_init: float | None = _option("first scale of signed elastic activations, in units of mean|x|")
-    unsigned_init: float | None = _option("the same of those that are not negative")
-    attention: Literal["softmax", "bool", "elastic"] | None = _option("attention with few bits")
-    ffn_activation: Literal["model", "relu", "rprelu"] | None = _option("function of the feed-forward block")
-    ties: Literal["up", "released"] | None = _option("values exactly on a threshold")
-    word_embeddings: bool | None = _option("make the word embeddings 1-bit too")
-    pooler: bool | None = _option("make the pooler 1-bit too")
-    head: bool | None = _option("make the linear layers of the head 1-bit too")
+    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = option("the rule for the balance")
+    balance_form: Literal["gradient", "decoupled"] | None = option("where the pull of the balance is applied")
+    balance_strength: float | None = option("strength of the decoupled form")
+    balance_value: float | None = option("the balance itself, with --balance_rule const")
+    balance_lower: float | None = option("lower bound of the balance")
+    balance_upper: float | None = option("upper bound of the balance")
+    weight_scale: Literal["learned", "mean_abs"] | None = option("where the scales come from")
+    scale_granularity: Literal["row", "tensor"] | None = option("one scale for each row or for each tensor")
+    scale_gradient: Literal["none", "exact", "xnor"] | None = option("gradient through a closed-form scale")
+    weight_center: Literal["none", "row", "tensor"] | None = option("mean taken off before the sign")
+    weight_ste: Literal["clip", "identity"] | None = option("window of the straight-through gradient")
+    ste_slope: Literal["scale", "unit"] | None = option("slope of the straight-through gradient")
+    activation: Literal["none", "sign", "rsign", "elastic", "token"] | None = option("inputs of 1-bit layers")
+    activation_bits: int | None = option("their bits")
+    signed_init: float | None = option("first scale of signed elastic activations, in units of mean|x|")
+    unsigned_init: float | None = option("the same of those that are not negative")
+    attention: Literal["softmax", "bool", "elastic"] | None = option("attention with few bits")
+    ffn_activation: Literal["model", "relu", "rprelu"] | None = option("function of the feed-forward block")
+    ties: Literal["up", "released"] | None = option("values exactly on a threshold")
+    word_embeddings: bool | None = option("make the word embeddings 1-bit too")
+    pooler: bool | None = option("make the pooler 1-bit too")
+    head: bool | None = option("make the linear layers of the head 1-bit too")
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "names of modules to leave float", "nargs": "+"}
     )
@@ -210,16 +211,16 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    output_dir: str | None = _option("default: runs/<task>")
-    overwrite: bool = _option("redo the stages whose settings changed since the last run in this folder", default=False)
-    seed: int = _option("of the data order, the new head and the demo's model", default=42)
-    bf16: bool = _option("train in bfloat16 mixed precision", default=False)
-    packed_dtype: Literal["float32", "float16", "bfloat16"] = _option(
+    output_dir: str | None = option("default: runs/<task>")
+    overwrite: bool = option("redo the stages whose settings changed since the last run in this folder", default=False)
+    seed: int = option("of the data order, the new head and the demo's model", default=42)
+    bf16: bool = option("train in bfloat16 mixed precision", default=False)
+    packed_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "dtype of what stays float in the packed model", default="float32"
     )
-    save_steps: int = _option("steps between checkpoints", default=500)
-    logging_steps: int = _option("steps between log lines", default=50)
-    report_to: str = _option("`none`, `tensorboard`, `wandb`, ...", default="none")
+    save_steps: int = option("steps between checkpoints", default=500)
+    logging_steps: int = option("steps between log lines", default=50)
+    report_to: str = option("`none`, `tensorboard`, `wandb`, ...", default="none")
 
 
 @dataclass(frozen=True)
@@ -387,6 +388,15 @@ def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -
         BinaryArguments,
         RunArguments,
     )
+    return parse_groups(Arguments, groups, argv)
+
+
+def parse_groups(kind: type, groups: tuple[type, ...], argv: list[str] | None) -> Any:
+    """The command line as a `kind` of arguments: `argv`, then the groups of its options.
+
+    Raises:
+        SystemExit: If `kind.check` refuses it.
+    """
     parser = HfArgumentParser(
         groups,
         description="Fine-tune, binarize, distil, pack and evaluate.",
@@ -395,9 +405,7 @@ def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -
     )
     argv = sys.argv[1:] if argv is None else argv
     namespace = parser.parse_args(argv)
-    arguments = Arguments(
-        argv, *(group(**{f.name: getattr(namespace, f.name) for f in fields(group)}) for group in groups)
-    )
+    arguments = kind(argv, *(group(**{f.name: getattr(namespace, f.name) for f in fields(group)}) for group in groups))
     try:
         arguments.check()
     except ValueError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,17 +47,20 @@ class Job(ABC):
         auto_model: The class that loads a model with the right head.
         pipeline_tag: What the Hub calls the kind of task.
         usage: Code that loads and uses the packed model, for its card.
+        libraries: Modules a result depends on beside those of every recipe.
+        tokenizer: None where the inputs are no texts.
     """
 
     script: ClassVar[str]
     auto_model: ClassVar[type]
     pipeline_tag: ClassVar[str]
     usage: ClassVar[str]
+    libraries: ClassVar[tuple[ModuleType, ...]] = ()
 
     arguments: Arguments
     task: Task
     data: DatasetDict
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     run: RunFolder
     teacher_folder: Path
     process: PartialState
@@ -79,12 +83,7 @@ class Job(ABC):
 
     def load(self, source: str | Path, **options: Any) -> Any:
         """A model in float32, whatever dtype its file has: it is going to be trained or compared."""
-        options = {"dtype": torch.float32, **options}
-        if device_arguments()["use_cpu"]:
-            # The backward pass of torch's fused attention dominates a training step with short sentences on a CPU;
-            # written out it takes next to nothing.
-            options["attn_implementation"] = "eager"
-        return load_pretrained(self.auto_model.from_pretrained, source, **options)
+        return load_pretrained(self.auto_model.from_pretrained, source, **{"dtype": torch.float32, **options})
 
     @staticmethod
     @abstractmethod
@@ -92,14 +91,14 @@ class Job(ABC):
         """The task and its splits."""
 
     @staticmethod
-    @abstractmethod
-    def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+    def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase | None:
         """The tokenizer of teacher and student."""
+        return None
 
-    @property
-    @abstractmethod
-    def tokens(self) -> DatasetDict:
-        """The data as token ids: what is trained on is the split `train`."""
+    @staticmethod
+    def digest(data: DatasetDict) -> str:
+        """Tells whether two runs saw the same examples, wherever they came from."""
+        return digest(data)
 
     @abstractmethod
     def validate(self, model: PreTrainedModel) -> Logits:
@@ -109,12 +108,78 @@ class Job(ABC):
     def score(self, logits: Logits) -> dict[str, float]:
         """The metrics of what `validate` returns; nothing but in the main process, whose record counts."""
 
-    @abstractmethod
     def submit(self, model: PreTrainedModel, logits: Logits) -> None:
-        """Writes the predictions of the packed model, whose `logits` on the validation data are known."""
+        """Writes what the packed model predicts, if anyone wants it; its `logits` on the validation data are known."""
+        return None
+
+    # What the model card says
+
+    @property
+    @abstractmethod
+    def origin(self) -> str | None:
+        """The name of the model that was made 1-bit; None for one that was trained from scratch."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The heading."""
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """The name of the packed model."""
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """The first paragraph."""
 
 
-class GlueJob(Job):
+class TextJob(Job):
+    """What the kinds of text have in common."""
+
+    def load(self, source: str | Path, **options: Any) -> Any:
+        """A model in float32."""
+        if device_arguments()["use_cpu"]:
+            # The backward pass of torch's fused attention dominates a training step with short sentences on a CPU;
+            # written out it takes next to nothing.
+            options["attn_implementation"] = "eager"
+        return super().load(source, **options)
+
+    @property
+    @abstractmethod
+    def tokens(self) -> DatasetDict:
+        """The data as token ids: what is trained on is the split `train`."""
+
+    @property
+    def origin(self) -> str | None:
+        """The encoder; None for the demo's, which is trained from scratch.
+
+        Of a model that came from a folder it is the folder's name: a local path means nothing to the card's reader.
+        """
+        source = self.arguments.teacher.source
+        return Path(source).resolve().name if source is not None and Path(source).is_dir() else source
+
+    @property
+    def title(self) -> str:
+        """Encoder and task."""
+        return f"{self.origin or 'A small BERT'} with 1-bit weights, fine-tuned on {self.task.name}"
+
+    @property
+    def model_name(self) -> str:
+        """The same in short."""
+        return f"{Path(self.origin or 'bert-small').name}-{self.task.name}-1bit"
+
+    @property
+    def about(self) -> str:
+        """What is 1-bit, and how the model was made."""
+        return (
+            "Made with rebnn_hf: the weights of the layers listed below are stored as one bit each, with one scale per "
+            "row. The model was distilled from a float teacher of the same shape."
+        )
+
+
+class GlueJob(TextJob):
     """Sentences or pairs with one answer each."""
 
     script = "recipes/glue.py"
@@ -212,7 +277,7 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     run = RunFolder(arguments.run.output_dir, stages)
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
-    settings = arguments.stage_settings(digest(data))
+    settings = arguments.stage_settings(kind.digest(data))
     run.check(settings, arguments.run.overwrite)
     process.wait_for_everyone()  # all have looked before the main process writes
     if process.is_main_process:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -15,7 +16,7 @@ import datasets
 import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
-from glue_stages import STAGES, read_json, write_json
+from glue_stages import read_json, write_json
 from glue_training import STATE_FILE
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -45,7 +46,7 @@ def collect(job: Job) -> dict[str, Any]:
     sizes = {stage: model_bytes(folder) for stage, folder in folders.items()}
     results = {
         "task": job.task.name,
-        "scores": {"teacher": records["teacher"]["scores"], **records["packed"]["scores"]},
+        "scores": {**early_scores(records), **records["packed"]["scores"]},
         "bytes": sizes,
         "ratio": sizes["teacher"] / sizes["packed"],
         "max_logit_difference": records["packed"]["max_logit_difference"],
@@ -59,7 +60,7 @@ def collect(job: Job) -> dict[str, Any]:
         "processes": job.process.num_processes,
         "command": command(job),
         "arguments": job.arguments.to_dict(),
-        "versions": installed_versions(),
+        "versions": installed_versions(*job.libraries),
         "hardware": hardware(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -69,6 +70,11 @@ def collect(job: Job) -> dict[str, Any]:
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
+
+
+def early_scores(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The scores of the stages that were scored when they were made."""
+    return {stage: record["scores"] for stage, record in records.items() if stage != "packed" and "scores" in record}
 
 
 def oscillation(log_history: list[dict[str, float]]) -> dict[str, float]:
@@ -96,9 +102,9 @@ def model_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
-def installed_versions() -> dict[str, str | None]:
+def installed_versions(*libraries: ModuleType) -> dict[str, str | None]:
     """Versions of everything a result may depend on."""
-    modules = (torch, transformers, accelerate, datasets, rebnn_hf)
+    modules = (torch, transformers, accelerate, datasets, rebnn_hf, *libraries)
     return {
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in modules},
@@ -138,7 +144,7 @@ def _cpu_name() -> str:
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """Prints the scores and sizes of the three models, and the time each stage took."""
+    """Prints the scores and sizes of the models, and the time each stage took."""
     print("\n" + summary(results))
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
@@ -159,7 +165,7 @@ def summary_table(results: dict[str, Any]) -> str:
     scores, sizes = results["scores"], results["bytes"]
     metrics = list(scores["packed"])
     rows = [["model", *metrics, "MB on disk", "smaller by"]]
-    for model in (name for name in ("bag_of_words", *STAGES) if name in scores):
+    for model in (name for name in ("bag_of_words", *sizes) if name in scores):
         size = sizes.get(model)
         sized = [f"{size / MEGABYTE:.2f}", f"{sizes['teacher'] / size:.1f}x"] if size else ["", ""]
         rows.append([model, *(f"{scores[model][metric]:.4f}" for metric in metrics), *sized])
@@ -176,16 +182,14 @@ def summary_table(results: dict[str, Any]) -> str:
 
 def model_card(job: Job, results: dict[str, Any]) -> str:
     """The README.md of the packed folder: what the model is, what was measured, how to load it."""
-    base, task = base_model(job), job.task.name
     hardware, versions = results["hardware"], results["versions"]
     return f"""---
 {card_metadata(job, results).to_yaml()}
 ---
 
-# {base or "A small BERT"} with 1-bit weights, fine-tuned on {task}
+# {job.title}
 
-Made with rebnn_hf: the weights of the layers listed below are stored as one bit each, with one scale per row. The model
-was distilled from a float teacher of the same shape.
+{job.about}
 
 ## Use
 
@@ -219,7 +223,7 @@ and rebnn_hf {versions["rebnn_hf"]}.
 
 def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
     """The front matter of the model card."""
-    base, task = base_model(job), job.task
+    task = job.task
     scores = []
     for name, value in results["scores"]["packed"].items():
         metric, mismatched, _ = name.partition("_mismatched")
@@ -235,22 +239,13 @@ def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
             )
         )
     return ModelCardData(
-        base_model=base,
+        base_model=job.origin,
         datasets=[task.hub_dataset] if task.hub_dataset else None,
         eval_results=scores,
         language=task.language,
         library_name="transformers",
         metrics=list(task.metrics),
-        model_name=f"{Path(base or 'bert-small').name}-{task.name}-1bit",
+        model_name=job.model_name,
         pipeline_tag=job.pipeline_tag,
         tags=["rebnn", "1-bit", "binary-neural-network"],
     )
-
-
-def base_model(job: Job) -> str | None:
-    """The name of the model that was made 1-bit; None for the demo's, which is trained from scratch.
-
-    Of a model that came from a folder it is the folder's name: a local path means nothing to the reader of the card.
-    """
-    source = job.arguments.teacher.source
-    return Path(source).resolve().name if source is not None and Path(source).is_dir() else source

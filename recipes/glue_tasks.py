@@ -63,8 +63,8 @@ TRAINING: dict[str, TrainingDefaults] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(TrainingDefaults):
-    """What every recipe has to know of its task, and (inherited) how to train on it by default.
+class Task:
+    """What every recipe has to know of its task.
 
     Attributes:
         name: A short one.
@@ -93,7 +93,12 @@ class Task(TrainingDefaults):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueTask(Task):
+class TextTask(TrainingDefaults, Task):
+    """A task of texts, and how to train on it by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(TextTask):
     """One task of sentences or pairs: what its columns are and what its files look like.
 
     Attributes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,25 +69,37 @@ class LengthGroupedSampler(Sampler[int]):
         yield from order[whole:].tolist()  # the short batch comes last, or it would shift all those behind it
 
 
-class LengthGrouped:
-    """Gives a Trainer the batches of `LengthGroupedSampler`."""
+class OwnSampler(ABC):
+    """Gives a Trainer the order of a sampler that is a function of seed and epoch alone."""
+
+    @abstractmethod
+    def sampler(self, epoch: Callable[[], int]) -> Sampler:
+        """The order of the examples in the epoch that `epoch` tells."""
 
     def get_train_dataloader(self) -> DataLoader:
         """The batches of this process: the global batch of a step does not depend on the number of processes."""
-        sampler = LengthGroupedSampler(
-            lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-            batch_size=self.args.train_batch_size * self.args.world_size,
-            epoch=lambda: int(self.state.epoch or 0),
-            seed=self.args.seed,
-        )
         loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
-            sampler=sampler,
+            sampler=self.sampler(lambda: int(self.state.epoch or 0)),
             collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+
+class LengthGrouped(OwnSampler):
+    """Gives a Trainer the batches of `LengthGroupedSampler`."""
+
+    def sampler(self, epoch: Callable[[], int]) -> LengthGroupedSampler:
+        """Batches of similar lengths."""
+        return LengthGroupedSampler(
+            lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+            batch_size=self.args.train_batch_size * self.args.world_size,
+            epoch=epoch,
+            seed=self.args.seed,
+        )
 
 
 class FineTuningTrainer(LengthGrouped, Trainer):
@@ -222,18 +235,28 @@ def predict_all(
     """All outputs of a model in the order of `dataset`, in float32 and without autocast, over all processes."""
     longest_first = np.argsort([-len(ids) for ids in dataset["input_ids"]], kind="stable")
     inputs = dataset.remove_columns([name for name in dataset.column_names if name not in tokenizer.model_input_names])
+    outputs = outputs_of(model, inputs.select(longest_first), DataCollatorWithPadding(tokenizer), output_dir)
+    given_order = np.argsort(longest_first)
+    return tuple(output[given_order] for output in outputs)
+
+
+def outputs_of(
+    model: PreTrainedModel, inputs: torch.utils.data.Dataset | Dataset, collate: Callable, output_dir: Path, **options
+) -> tuple[np.ndarray, ...]:
+    """All outputs of a model for inputs without labels, in float32 and without autocast, over all processes.
+
+    `options` are further arguments of the Trainer.
+    """
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_eval_batch_size=EVALUATION_BATCH,
         report_to="none",
         **device_arguments(),
+        **options,
     )
-    trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(tokenizer))
-    outputs = trainer.predict(inputs.select(longest_first)).predictions
-    given_order = np.argsort(longest_first)
+    outputs = Trainer(model=model, args=arguments, data_collator=collate).predict(inputs).predictions
     return tuple(
-        np.asarray(output, dtype=np.float32)[given_order]
-        for output in (outputs if isinstance(outputs, tuple) else (outputs,))
+        np.asarray(output, dtype=np.float32) for output in (outputs if isinstance(outputs, tuple) else (outputs,))
     )
 
 

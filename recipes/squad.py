@@ -12,7 +12,7 @@ repeated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ import evaluate
 import numpy as np
 from datasets import DatasetDict
 from glue import run_stages
-from glue_arguments import Arguments, parse_arguments
-from glue_job import Job, Logits, first, load_pretrained, prepare
+from glue_arguments import Arguments, option, parse_arguments
+from glue_job import Logits, TextJob, first, load_pretrained, prepare
 from glue_stages import write_json
 from glue_training import predict_all
 from squad_data import SQUAD, SquadTask, custom_task, load_files, load_hub
@@ -42,23 +42,19 @@ def main(argv: list[str] | None = None) -> None:
     run_stages(prepare(arguments, SquadJob))
 
 
-def _option(help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help_text + ("" if default is None else f"; default: {default}")})
-
-
 @dataclass
 class SquadDataArguments:
     """What is learned."""
 
     _argument_group_name = "data"
 
-    train_file: str | None = _option("training questions in the form of train-v1.1.json; without, from the Hub")
-    validation_file: str | None = _option("validation questions in the form of dev-v1.1.json")
-    max_length: int | None = _option(f"tokens of a window, question and context; default: {SQUAD.max_length}")
-    stride: int = _option("tokens of the context that neighbouring windows share", default=128)
-    max_answer_length: int = _option("longest answer in tokens", default=30)
-    max_train_samples: int | None = _option("train on this many questions only (the first ones)")
-    max_eval_samples: int | None = _option("evaluate on this many questions only (the first ones)")
+    train_file: str | None = option("training questions in the form of train-v1.1.json; without, from the Hub")
+    validation_file: str | None = option("validation questions in the form of dev-v1.1.json")
+    max_length: int | None = option(f"tokens of a window, question and context; default: {SQUAD.max_length}")
+    stride: int = option("tokens of the context that neighbouring windows share", default=128)
+    max_answer_length: int = option("longest answer in tokens", default=30)
+    max_train_samples: int | None = option("train on this many questions only (the first ones)")
+    max_eval_samples: int | None = option("evaluate on this many questions only (the first ones)")
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""
@@ -84,7 +80,7 @@ class SquadDataArguments:
         return {"max_answer_length": self.max_answer_length}
 
 
-class SquadJob(Job):
+class SquadJob(TextJob):
     """Questions whose answers are spans of a text."""
 
     script = "recipes/squad.py"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
-from glue_tasks import Task
+from glue_tasks import TextTask
 
 HUB_DATASET = "rajpurkar/squad"
 FEATURES = Features(
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SquadTask(Task):
+class SquadTask(TextTask):
     """Questions whose answers are spans of a text."""
 
     name: str = "squad"
