@@ -309,10 +309,10 @@ def _conv_layout_size(kind: int, outputs: int, channels: int, kernel_h: int, ker
     return size
 
 
-def _pair(name: str, values: Sequence[int], least: int) -> tuple[int, int]:
-    if len(values) != 2 or not all(least <= value < 2**31 for value in values):
+def _pair(name: str, values: Sequence[int], least: int) -> Sequence[int]:
+    if len(values) != 2 or not least <= min(values) <= max(values) < 2**31:
         raise ValueError(f"{name} must be two integers, (height, width), of at least {least}, got {tuple(values)}.")
-    return tuple(values)
+    return values
 
 
 def conv_layout(bits: Tensor, channels: int, kernel: Sequence[int], kind: int) -> Tensor:
@@ -382,12 +382,14 @@ def prepare_conv2d(
     if codes not in CONV_CODES:
         raise ValueError(f"codes={codes!r} are none of a convolution; expected one of {', '.join(CONV_CODES)}.")
     described = _input(codes, width, low, scale, shift, x.shape[1])
-    spatial = zip(x.shape[2:], padding, kernel, stride, strict=True)
-    size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spatial]
-    if min(size) < 1:
-        raise ValueError(f"a kernel of {kernel} does not fit into {tuple(x.shape[2:])} with a padding of {padding}.")
+    rows = (x.shape[2] + 2 * padding[0] - kernel[0]) // stride[0] + 1
+    columns = (x.shape[3] + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"a kernel of {tuple(kernel)} does not fit into {tuple(x.shape[2:])} with a padding of {tuple(padding)}."
+        )
     layout = _aligned(layout)
-    y = torch.empty(len(x), outputs, *size)
+    y = torch.empty(len(x), outputs, rows, columns)
     function, chosen, threads = _library().rebnn_conv2d, isa(), torch.get_num_threads()
     sizes = (*x.shape, outputs, *kernel, *stride, *padding)
 

@@ -28,6 +28,19 @@ typedef struct {
     const int64_t *block_offset;
 } epilogue;
 
+/* A block of outputs and a block of pixels in a convolution of signs:
+ *   y[o * y_stride + p] = (inputs - 2 mismatches + share) * scale[o] + bias[o], for o < outputs and p < pixels,
+ * where share is the sum of shares[k * shares_stride + o] over the kernel's positions k that have bit p of outside[k]. */
+typedef struct {
+    int64_t outputs, pixels, inputs; /* the first two at most BLOCK */
+    const float *scale, *bias;
+    int64_t positions, shares_stride;
+    const uint16_t *outside;
+    const float *shares;
+    float *y;
+    int64_t y_stride;
+} conv_block;
+
 struct rebnn_isa {
     const char *name;
     int (*runs)(void);
@@ -57,6 +70,13 @@ struct rebnn_isa {
     /* codes [rows][4 * quads] against blocks of a QUADS layout. */
     void (*quads)(const uint8_t *codes, int64_t rows, int64_t quads, const uint64_t *layout, const int32_t *ones,
                   int64_t first, int64_t last, int64_t outputs, const epilogue *e);
+
+    /* NULL both, or convolutions of signs by blocks, in place of `words` and a transposition. Bit i of pixels[j] =
+     * x[i * stride + j] + shift[i] >= 0, for i < channels, at most 64, and j < n; other bits are clear. */
+    void (*pack_pixels)(const float *x, int64_t channels, int64_t stride, int64_t n, const float *shift,
+                        uint64_t *pixels);
+    /* A block of outputs and one of pixels, both [words][BLOCK]. */
+    void (*conv)(const uint64_t *outputs, const uint64_t *pixels, int64_t words, const conv_block *b);
 
     /* mismatches[j] = bits that differ between query [words] and key j, keys [words][stride]; at most 255. */
     void (*mismatches)(const uint64_t *query, const uint64_t *keys, int64_t words, int64_t stride, int64_t count,

@@ -46,10 +46,75 @@ static void lookups(const uint8_t *tables, int64_t rows, int64_t words, const ui
     by_pairs(1, tables, rows, 4 * words, layout, ones, first, last, outputs, e);
 }
 
+/* Sixteen pixels of up to 64 channels: a comparison of each channel sets its bit in sixteen words, of 32 bits at first. */
+static void pack_pixels(const float *x, int64_t channels, int64_t stride, int64_t n, const float *shift,
+                        uint64_t *pixels)
+{
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    for (int64_t j = 0; j < n; j += 16) {
+        __mmask16 some = first_of(n - j);
+        __m512i halves[2];
+        for (int h = 0; h < 2; h++) {
+            __m512i bit = _mm512_set1_epi32(1);
+            halves[h] = _mm512_setzero_si512();
+            for (int64_t i = 32 * h; i < 32 * h + 32 && i < channels; i++, bit = _mm512_slli_epi32(bit, 1)) {
+                __m512 value = _mm512_maskz_loadu_ps(some, x + i * stride + j);
+                value = _mm512_add_ps(value, _mm512_set1_ps(shift ? shift[i] : 0));
+                __mmask16 set = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_GE_OQ);
+                halves[h] = _mm512_mask_or_epi32(halves[h], set, halves[h], bit);
+            }
+        }
+        __m512i left = _mm512_permutex2var_epi32(halves[0], first, halves[1]);
+        __m512i right = _mm512_permutex2var_epi32(halves[0], second, halves[1]);
+        _mm512_mask_storeu_epi64(pixels + j, (__mmask8)some, left);
+        _mm512_mask_storeu_epi64(pixels + j + 8, (__mmask8)(some >> 8), right);
+    }
+}
+
+/* A block of outputs against a block of pixels: the words of 8 outputs are broadcast, the sums are those of 16 pixels,
+ * side by side as y wants them. */
+static void conv(const uint64_t *outputs, const uint64_t *pixels, int64_t words, const conv_block *b)
+{
+    uint64_t sums[TRIPLES][BLOCK] __attribute__((aligned(64)));
+    int64_t triples = words / 3 < TRIPLES ? words / 3 : TRIPLES; /* the other words follow one by one */
+    for (int64_t t = 0; t < triples; t++)
+        for (int64_t i = 0; i < BLOCK; i += 8) {
+            const uint64_t *w = outputs + 3 * t * BLOCK + i;
+            _mm512_store_si512(sums[t] + i, _mm512_ternarylogic_epi64(_mm512_loadu_si512(w), _mm512_loadu_si512(w + BLOCK),
+                                                                      _mm512_loadu_si512(w + 2 * BLOCK), 0x96));
+        }
+    const __mmask16 some = first_of(b->pixels);
+    const __m512 inputs = _mm512_set1_ps((float)b->inputs), two = _mm512_set1_ps(2);
+    for (int64_t o = 0; o < b->outputs; o += 8) {
+        __m512i left[8], right[8];
+        __m512 dots[8];
+        triple_half(8, BLOCK, 1, outputs + o, 1, words, triples, sums[0] + o, 1, pixels, left);
+        if (b->pixels > 8)
+            triple_half(8, BLOCK, 1, outputs + o, 1, words, triples, sums[0] + o, 1, pixels + 8, right);
+        else
+            memset(right, 0, sizeof right);
+        for (int r = 0; r < 8; r++) /* whole numbers below 2^24: exact */
+            dots[r] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(both_halves(left[r], right[r])), two, inputs);
+        int64_t rows = b->outputs - o < 8 ? b->outputs - o : 8;
+        for (int64_t k = 0; k < b->positions; k++)
+            for (int64_t r = 0; b->outside[k] && r < rows; r++) {
+                __m512 share = _mm512_set1_ps(b->shares[k * b->shares_stride + o + r]);
+                dots[r] = _mm512_mask_add_ps(dots[r], b->outside[k], dots[r], share);
+            }
+        for (int64_t r = 0; r < rows; r++) {
+            __m512 y = _mm512_mul_ps(dots[r], _mm512_set1_ps(b->scale[o + r]));
+            y = _mm512_add_ps(y, _mm512_set1_ps(b->bias[o + r]));
+            _mm512_mask_storeu_ps(b->y + (o + r) * b->y_stride, some, y);
+        }
+    }
+}
+
 static int runs(void)
 {
     return cpu_has_avx512() && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni") &&
            __builtin_cpu_supports("avx512vbmi");
 }
 
-const rebnn_isa rebnn_avx512vpopcnt = REBNN_TABLE("avx512vpopcnt", runs, .tables = tables, .lookups = lookups);
+const rebnn_isa rebnn_avx512vpopcnt = REBNN_TABLE("avx512vpopcnt", runs, .tables = tables, .lookups = lookups,
+                                                   .pack_pixels = pack_pixels, .conv = conv);

@@ -172,6 +172,25 @@ static void test_pack(int64_t n, int kind, int shifted, float threshold)
     release();
 }
 
+static void test_pack_pixels(int64_t channels, int64_t n, int kind, int shifted)
+{
+    int64_t stride = n + below(3);
+    float *x = floats(channels ? (channels - 1) * stride + n : 0, kind), *shift = shifted ? floats(channels, RANDOM) : NULL;
+    uint64_t *expected = take(n * 8), *pixels = take(n * 8);
+    memset(expected, 0, (size_t)n * 8);
+    for (int64_t i = 0; i < channels; i++)
+        for (int64_t j = 0; j < n; j++)
+            expected[j] |= (uint64_t)((shift ? x[i * stride + j] + shift[i] : x[i * stride + j]) >= 0) << i;
+    for (int i = 0; i < isa_count; i++) {
+        if (!isas[i]->pack_pixels)
+            continue;
+        memset(pixels, 0xa5, (size_t)n * 8);
+        isas[i]->pack_pixels(x, channels, stride, n, shift, pixels);
+        check_bytes(isas[i]->name, "pack_pixels", pixels, expected, n * 8);
+    }
+    release();
+}
+
 static int level_of(float value, float scale, int low, int high)
 {
     float level = floorf(value / scale + 0.5f);
@@ -444,6 +463,41 @@ static void test_reached(int64_t n, int32_t total)
     release();
 }
 
+/* A block of outputs against one of pixels, with kinds of both, and positions that some pixels lack. */
+static void test_conv_block(int64_t words, int64_t outputs, int64_t pixels, int kind, int other)
+{
+    int64_t positions = below(4), shares_stride = outputs + below(3), y_stride = pixels + below(3);
+    int64_t size = (outputs - 1) * y_stride + pixels;
+    uint64_t *a = random_words(words * BLOCK, kind), *b = random_words(words * BLOCK, other);
+    float *scale = floats(outputs, RANDOM), *bias = floats(outputs, RANDOM), *y = take(size * 4);
+    float *shares = take(((positions - 1) * shares_stride + outputs) * (positions > 0) * 4);
+    uint16_t *outside = take(positions * 2);
+    for (int64_t i = 0; i < (positions - 1) * shares_stride + outputs && positions; i++)
+        shares[i] = (float)(below(200) - 100);
+    for (int64_t k = 0; k < positions; k++)
+        outside[k] = k % 2 ? 0 : (uint16_t)below(65536);
+    float *expected = take(size * 4);
+    memset(expected, 0xa5, (size_t)size * 4);
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t p = 0; p < pixels; p++) {
+            int dot = (int)(64 * words);
+            for (int64_t k = 0; k < words; k++)
+                dot -= 2 * set_bits(a[k * BLOCK + o] ^ b[k * BLOCK + p]);
+            for (int64_t k = 0; k < positions; k++)
+                dot += outside[k] >> p & 1 ? (int)shares[k * shares_stride + o] : 0;
+            expected[o * y_stride + p] = (float)dot * scale[o] + bias[o];
+        }
+    conv_block block = {outputs, pixels, 64 * words, scale, bias, positions, shares_stride, outside, shares, y, y_stride};
+    for (int i = 0; i < isa_count; i++) {
+        if (!isas[i]->conv)
+            continue;
+        memset(y, 0xa5, (size_t)size * 4);
+        isas[i]->conv(a, b, words, &block);
+        check_bytes(isas[i]->name, "conv", y, expected, size * 4);
+    }
+    release();
+}
+
 static void test_tables(void)
 {
     static const float thresholds[] = {0, 0.25f, NAN, INFINITY, -INFINITY};
@@ -463,6 +517,8 @@ static void test_tables(void)
                 for (int i = 0; i < COUNT(steps); i++)
                     test_levels(n, kind, shifted, steps[i].scale, steps[i].low, steps[i].high);
             }
+            for (int64_t channels = 0; channels <= 64; channels += channels == 31 ? 1 : channels == 32 ? 32 : 31)
+                test_pack_pixels(channels, n, kind, s % 2);
             test_token(n, kind, 1);
             test_token(n, kind, kind == RANDOM ? 1e-40f : 0);
             if (n && kind != SPECIAL)
@@ -480,6 +536,12 @@ static void test_tables(void)
             test_words(row_counts[m], planes, long_words[k], outputs, RANDOM, RANDOM);
             test_words(row_counts[m] % 10, planes, long_words[k], 16, PLUS, m % 2 ? MINUS : PLUS);
         }
+    for (int k = 0; k < COUNT(long_words); k++)
+        for (int64_t outputs = 1; outputs <= BLOCK; outputs += 5)
+            for (int64_t pixels = 1; pixels <= BLOCK; pixels++) {
+                test_conv_block(long_words[k], outputs, pixels, RANDOM, RANDOM);
+                test_conv_block(long_words[k], outputs, pixels, PLUS, MINUS);
+            }
     for (int k = 0; k < COUNT(long_quads); k++)
         for (int m = 0; m < COUNT(row_counts); m++) {
             test_quads(row_counts[m], long_quads[k], sizes[1 + (3 * k + 5 * m) % 11], RANDOM, RANDOM);
@@ -492,7 +554,7 @@ static void test_tables(void)
         }
     for (int64_t n = 0; n <= 80; n += 16)
         test_reached(n, 1 + (int32_t)n);
-    printf("tables: pack levels token layer_norm words quads mismatches table_sum at_most overlaps reached\n");
+    printf("tables: pack pack_pixels levels token layer_norm words conv quads mismatches table_sum at_most overlaps reached\n");
 }
 
 /* ---- Layouts, codes, products --------------------------------------------------------------------------------- */
@@ -778,8 +840,9 @@ static void test_convolutions(void)
     static const conv_shape odd[] = {
         {2, 5, 4, 9, 18, 2, 3, 1, 3, 0, 2},  {1, 70, 1, 40, 7, 1, 5, 1, 1, 0, 2}, {1, 9, 3, 3, 5, 3, 3, 1, 1, 4, 3},
         {1, 64, 2, 2, 16, 5, 4, 2, 1, 2, 1}, {1, 3, 0, 2, 4, 2, 2, 1, 1, 1, 1},   {1, 1, 23, 31, 1, 3, 3, 5, 4, 1, 1},
-        {0, 3, 5, 5, 4, 3, 3, 1, 1, 1, 1},   {2, 3, 5, 5, 0, 3, 3, 1, 1, 1, 1},
-    }; /* kernels that are not square, no row at all, padding beyond the kernel, strides beyond it */
+        {0, 3, 5, 5, 4, 3, 3, 1, 1, 1, 1},   {2, 3, 5, 5, 0, 3, 3, 1, 1, 1, 1},   {1, 380, 4, 5, 9, 5, 5, 1, 1, 2, 2},
+        {2, 70, 4, 70, 9, 2, 3, 1, 2, 0, 1},
+    }; /* kernels that are not square, no row at all, padding beyond the kernel, strides beyond it, long windows and rows */
     for (int i = 0; i < COUNT(odd); i++)
         for (int input = 0; input < 11; input += i % 2 ? 1 : 3)
             test_conv(&inputs_of[input], odd[i], input % KINDS, 1 + i % 3);

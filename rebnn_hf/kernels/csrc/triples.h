@@ -21,49 +21,72 @@ static void xor_triples(const uint64_t *a, int64_t rows, int64_t words, uint64_t
 
 static inline __m512i of_all(uint64_t word) { return _mm512_set1_epi64((long long)word); }
 
-/* Mismatches of rows with half a block, 8 outputs. ROWS is constant in each copy. */
-static inline __attribute__((always_inline)) void triple_half(const int ROWS, const uint64_t *a, int64_t words,
-                                                              const uint64_t (*sums)[TRIPLES], const uint64_t *block,
-                                                              __m512i *counts)
+/* Adds the mismatches of triple t of rows and half a block to their sums, or with BEGIN puts them there. Word k of row r
+ * is a[r * row + k * STEP], the XOR of its triple t sums[r * sums_row + t * STEP]. */
+static inline __attribute__((always_inline)) void triple_step(const int ROWS, const int STEP, const int BEGIN, int64_t t,
+                                                              const uint64_t *a, int64_t row, const uint64_t *sums,
+                                                              int64_t sums_row, const uint64_t *block, __m512i *ones,
+                                                              __m512i *twos)
+{
+    int64_t k = 3 * t;
+    __m512i w0 = _mm512_loadu_si512(block + k * BLOCK), w1 = _mm512_loadu_si512(block + (k + 1) * BLOCK);
+    __m512i w2 = _mm512_loadu_si512(block + (k + 2) * BLOCK);
+    __m512i w = _mm512_ternarylogic_epi64(w0, w1, w2, 0x96);
+    for (int r = 0; r < ROWS; r++) {
+        __m512i d0 = _mm512_xor_si512(of_all(a[r * row + k * STEP]), w0);
+        __m512i d1 = _mm512_xor_si512(of_all(a[r * row + (k + 1) * STEP]), w1);
+        __m512i s = _mm512_xor_si512(of_all(sums[r * sums_row + t * STEP]), w);
+        __m512i one = _mm512_popcnt_epi64(s);
+        ones[r] = BEGIN ? one : _mm512_add_epi64(ones[r], one);
+        __m512i two = _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(d0, d1, s, CARRY));
+        twos[r] = BEGIN ? two : _mm512_add_epi64(twos[r], two);
+    }
+}
+
+/* Mismatches of rows with half a block, 8 outputs; words and XORs as in triple_step. With BEGIN the first triple begins
+ * the sums in place of zeros, which pays where rows are short. ROWS, STEP and BEGIN are constant in each copy. */
+static inline __attribute__((always_inline)) void triple_half(const int ROWS, const int STEP, const int BEGIN,
+                                                              const uint64_t *a, int64_t row, int64_t words,
+                                                              int64_t triples, const uint64_t *sums, int64_t sums_row,
+                                                              const uint64_t *block, __m512i *counts)
 {
     __m512i ones[8], twos[8];
+    int64_t begun = BEGIN && triples;
+    if (begun)
+        triple_step(ROWS, STEP, 1, 0, a, row, sums, sums_row, block, ones, twos);
+    else
 #pragma GCC unroll 8 /* else gcc keeps the sums in memory */
-    for (int r = 0; r < ROWS; r++)
-        ones[r] = twos[r] = _mm512_setzero_si512();
+        for (int r = 0; r < ROWS; r++)
+            ones[r] = twos[r] = _mm512_setzero_si512();
     /* The words left over come first: behind the loop, gcc copies every sum in every step. */
-    for (int64_t k = words / 3 * 3; k < words; k++) {
+    for (int64_t k = 3 * triples; k < words; k++) {
         __m512i w = _mm512_loadu_si512(block + k * BLOCK);
         for (int r = 0; r < ROWS; r++)
-            ones[r] = _mm512_add_epi64(ones[r], _mm512_popcnt_epi64(_mm512_xor_si512(of_all(a[r * words + k]), w)));
+            ones[r] = _mm512_add_epi64(ones[r], _mm512_popcnt_epi64(_mm512_xor_si512(of_all(a[r * row + k * STEP]), w)));
     }
-    for (int64_t t = 0; t < words / 3; t++) {
-        int64_t k = 3 * t;
-        __m512i w0 = _mm512_loadu_si512(block + k * BLOCK), w1 = _mm512_loadu_si512(block + (k + 1) * BLOCK);
-        __m512i w2 = _mm512_loadu_si512(block + (k + 2) * BLOCK);
-        __m512i w = _mm512_ternarylogic_epi64(w0, w1, w2, 0x96);
-        for (int r = 0; r < ROWS; r++) {
-            __m512i d0 = _mm512_xor_si512(of_all(a[r * words + k]), w0);
-            __m512i d1 = _mm512_xor_si512(of_all(a[r * words + k + 1]), w1);
-            __m512i s = _mm512_xor_si512(of_all(sums[r][t]), w);
-            ones[r] = _mm512_add_epi64(ones[r], _mm512_popcnt_epi64(s));
-            twos[r] = _mm512_add_epi64(twos[r], _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(d0, d1, s, CARRY)));
-        }
-    }
+    for (int64_t t = begun; t < triples; t++)
+        triple_step(ROWS, STEP, 0, t, a, row, sums, sums_row, block, ones, twos);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
         counts[r] = _mm512_dpwssd_epi32(ones[r], twos[r], _mm512_set1_epi32(2)); /* counts are below 2^15 */
+}
+
+/* Sixteen counts of two times eight. */
+static inline __m512i both_halves(__m512i left, __m512i right)
+{
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_epi32(left, evens, right);
 }
 
 static inline __attribute__((always_inline)) void triple_tile(const int ROWS, const uint64_t *a, int64_t words,
                                                               const uint64_t (*sums)[TRIPLES], const uint64_t *block,
                                                               int32_t (*counts)[BLOCK])
 {
-    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     __m512i left[8], right[8];
-    triple_half(ROWS, a, words, sums, block, left);
-    triple_half(ROWS, a, words, sums, block + 8, right);
+    triple_half(ROWS, 1, 0, a, words, words, words / 3, sums[0], TRIPLES, block, left);
+    triple_half(ROWS, 1, 0, a, words, words, words / 3, sums[0], TRIPLES, block + 8, right);
     for (int r = 0; r < ROWS; r++)
-        _mm512_store_si512(counts[r], _mm512_permutex2var_epi32(left[r], evens, right[r]));
+        _mm512_store_si512(counts[r], both_halves(left[r], right[r]));
 }
 
 static inline void finish(const int32_t (*counts)[BLOCK], int64_t m, int64_t rows, int64_t block, const int32_t *ones,
