@@ -39,6 +39,7 @@ _HOME = {
     "ReBNNTrainer": "trainer",
     "ReBNNTrainingArguments": "trainer",
     "plot_oscillation": "plotting",
+    "plot_latent_weights": "plotting",
 }
 
 __all__ = [*_HOME, "__version__"]

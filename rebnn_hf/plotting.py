@@ -1,8 +1,13 @@
-"""Pictures of a training run, from the Trainer's own log history. Needs matplotlib (extra `plot`)."""
+"""Pictures of a training run, from the Trainer's log history, and of the weights it left. Needs matplotlib (`plot`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LATENT_TYPES
 
 _PANELS = (
     ("flip_ratio", "weights that flip in a step", True),
@@ -27,16 +32,11 @@ def plot_oscillation(log_history: list[dict[str, float]], path: str | Path) -> N
         ImportError: matplotlib is missing.
         ValueError: the history holds no oscillation statistics.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plot_oscillation needs matplotlib: pip install 'rebnn_hf[plot]'") from error
-    from matplotlib.figure import Figure
-
+    matplotlib = _matplotlib()
     logs = [log for log in log_history if "flip_ratio" in log]
     if not logs:
         raise ValueError("log_history holds no 'flip_ratio'; pass trainer.state.log_history of a ReBNNTrainer.")
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3).flat
     for axis, (name, title, logarithmic) in zip(axes, _PANELS, strict=False):
         layers = [key for key in logs[0] if key.startswith(f"{name}/")]
@@ -55,6 +55,69 @@ def plot_oscillation(log_history: list[dict[str, float]], path: str | Path) -> N
     last.set(title="losses", xlabel="step", yscale="log")
     last.legend()
     figure.savefig(path, dpi=110)
+
+
+WIDEST = 3.0
+"""Latent weights are drawn up to this many scales from 0; what lies beyond is in the last bar."""
+
+
+def plot_latent_weights(model: nn.Module, path: str | Path, layers: int = 6) -> None:
+    """Draw how latent weights lie around their binary values, `w / alpha`, in layers from the first to the last.
+
+    Weights near 0 flip easily; the reconstruction loss pulls them to -1 and +1 (the paper shows these histograms).
+
+    Args:
+        model: latent, made by `binarize`.
+        path: PNG file to write.
+        layers: how many are drawn.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the model has no latent layer.
+    """
+    matplotlib = _matplotlib()
+    latent = [(name, module) for name, module in model.named_modules() if isinstance(module, LATENT_TYPES)]
+    if not latent:
+        raise ValueError("the model has no latent layer: pass one made by rebnn_hf.binarize(), before pack().")
+    count = min(layers, len(latent))
+    drawn = [latent[round(i * (len(latent) - 1) / max(1, count - 1))] for i in range(count)]
+    columns = min(3, count)
+    figure = matplotlib.figure.Figure(figsize=(4.3 * columns, 3 * -(-count // columns)), layout="constrained")
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    for axis, (name, layer) in zip(axes, drawn, strict=False):
+        edges, shares = latent_histogram(layer)
+        axis.stairs(shares, edges, fill=True, color="tab:blue")
+        for binary in (-1, 1):
+            axis.axvline(binary, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(name, fontsize=8)
+        axis.set(xlabel="w / α", ylabel="share of the weights")
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def latent_histogram(layer: nn.Module, bins: int = 60) -> tuple[Tensor, Tensor]:
+    """Shares of a layer's latent weights by their distance from 0 in units of the scale of their row.
+
+    Args:
+        layer: latent.
+        bins: from -`WIDEST` to `WIDEST`.
+
+    Returns:
+        Edges [bins + 1] and shares [bins], which add up to 1.
+    """
+    ratio = (layer.centered() / layer.scale().unsqueeze(-1)).float().cpu().clamp(-WIDEST, WIDEST)
+    edges = torch.linspace(-WIDEST, WIDEST, bins + 1)
+    return edges, torch.histogram(ratio, edges).hist / ratio.numel()
+
+
+def _matplotlib():
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'rebnn_hf[plot]'") from error
+    return matplotlib
 
 
 def _series(logs: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:

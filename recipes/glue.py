@@ -6,7 +6,7 @@
     python recipes/glue.py --train_file train.csv --validation_file dev.csv
 
 Stages: fine-tune the float teacher, binarize a copy of it and distil the teacher into it, pack it into bits, reload the
-packed folder and evaluate that, write `results.json`, a model card and a plot of the weight oscillation. Interrupted,
+packed folder and evaluate that, write `results.json`, a model card and plots of oscillation and weights. Interrupted,
 the same command continues where it stopped; stages that are complete are not repeated.
 """
 

@@ -21,7 +21,7 @@ from glue_training import STATE_FILE
 from huggingface_hub import EvalResult, ModelCardData
 
 import rebnn_hf
-from rebnn_hf import plot_oscillation
+from rebnn_hf import plot_latent_weights, plot_oscillation
 
 if TYPE_CHECKING:
     from glue_job import Job
@@ -30,11 +30,12 @@ MEGABYTE = 1e6
 
 
 def write_report(job: Job) -> None:
-    """Writes the plot, the model card and, last, `results.json`: where it exists, everything else does."""
+    """Writes the plots, the model card and, last, `results.json`: where it exists, everything else does."""
     results = collect(job)
     root, packed = job.run.root, job.run.folder("packed")
     log = read_json(job.run.folder("latent") / STATE_FILE)["log_history"]
     plot_oscillation(log, root / "oscillation.png")
+    plot_latent_weights(job.load(job.run.folder("latent")), root / "weights.png")
     (packed / "README.md").write_text(model_card(job, results), encoding="utf-8")
     write_json(job.run.results_file, results)
 

@@ -6,7 +6,7 @@
 
 Stages: train the float teacher; distil it into a student with 1-bit activations (stage one of ReActNet and ReBNN), then
 into one whose weights are 1-bit too; pack that into bits, reload the packed folder and evaluate it, write
-`results.json`, a model card and a plot of the weight oscillation. Interrupted, the same command continues where it
+`results.json`, a model card and plots of oscillation and weights. Interrupted, the same command continues where it
 stopped; stages that are complete are not repeated.
 
 The defaults for images other than the digits are those of the paper, but for the colour noise of its training images.

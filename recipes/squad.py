@@ -5,8 +5,8 @@
         --model_name_or_path FOLDER
 
 Stages: fine-tune the float teacher, binarize a copy of it and distil the teacher into it, pack it into bits, reload the
-packed folder and evaluate that, write `results.json`, `predictions.json` in the form of SQuAD, a model card and a plot
-of the weight oscillation. Interrupted, the same command continues where it stopped; stages that are complete are not
+packed folder and evaluate that, write `results.json`, `predictions.json` in the form of SQuAD, a model card and plots
+of oscillation and weights. Interrupted, the same command continues where it stopped; stages that are complete are not
 repeated.
 """
 

@@ -177,6 +177,7 @@ def test_folder_holds_what_it_should_and_nothing_else(finished):
         "settings.json",
         "results.json",
         "oscillation.png",
+        "weights.png",
     }
     assert not list(finished.folder.rglob("checkpoint-*")), "checkpoints of finished stages"
     assert not list(finished.folder.rglob("*.draft"))

@@ -385,7 +385,15 @@ def test_results_and_folder(finished):
     assert results["arguments"]["stride"] == STRIDE and results["arguments"]["balance_rule"] == "flip_maxgrad"
     assert results["command"].startswith("python recipes/squad.py --output_dir")
     left = {path.name for path in finished.folder.iterdir()}
-    assert left == {*STAGES, "stages", "settings.json", "results.json", "predictions.json", "oscillation.png"}
+    assert left == {
+        *STAGES,
+        "stages",
+        "settings.json",
+        "results.json",
+        "predictions.json",
+        "oscillation.png",
+        "weights.png",
+    }
     packed = AutoModelForQuestionAnswering.from_pretrained(finished.folder / "packed")
     assert sum(isinstance(module, rebnn_hf.PackedLinear) for module in packed.modules()) == 12
     assert "| exact_match | f1" in finished.output
