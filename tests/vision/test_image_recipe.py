@@ -87,6 +87,7 @@ def test_folder_holds_what_it_should_and_nothing_else(finished):
         "settings.json",
         "results.json",
         "oscillation.png",
+        "weights.png",
     }
     assert not list(finished.folder.rglob("checkpoint-*"))
     assert (finished.folder / "oscillation.png").read_bytes().startswith(b"\x89PNG")
