@@ -95,9 +95,10 @@ class PackedConv2d(PackedProduct, nn.Conv2d):
         if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(f"expected inputs [N, {self.in_channels}, H, W], got {tuple(x.shape)}.")
 
-    def _engine_codes(self, x: Tensor) -> kernels.Codes | None:
+    def engine_codes(self, x: Tensor) -> kernels.Codes | None:
+        """How the engine makes codes of x; None where the reference has to compute."""
         plain = self.groups == 1 and self.dilation == (1, 1) and not isinstance(self.padding, str)
-        codes = super()._engine_codes(x) if plain and x.ndim == 4 else None
+        codes = super().engine_codes(x) if plain and x.ndim == 4 else None
         return None if codes is None or codes.kind == "float" else codes
 
     def _make_layout(self, kind: int) -> Tensor:
@@ -106,6 +107,23 @@ class PackedConv2d(PackedProduct, nn.Conv2d):
     def _by_engine(self, x: Tensor, layout: Tensor | None, codes: kernels.Codes) -> Tensor:
         geometry = (self.kernel_size, self.stride, self.padding)
         return kernels.conv2d(x, self.weight, layout, self.weight_scale, self.bias, codes, *geometry)
+
+    def residual_unit(
+        self, x: Tensor, codes: kernels.Codes, scale: Tensor, bias: Tensor, residual: kernels.Residual
+    ) -> Tensor:
+        """`(x * b) scale + bias`, shortcut and RPReLU as one call of the engine, without gradients.
+
+        Args:
+            x: [N, C, H, W].
+            codes: of x, what `engine_codes` says.
+            scale, bias: [O], in place of the layer's: what follows it may be folded into them.
+            residual: what follows.
+
+        Returns:
+            [N, O, H', W'].
+        """
+        geometry = (self.kernel_size, self.stride, self.padding)
+        return kernels.conv2d(x, self.weight, self.layout(codes.layout), scale, bias, codes, *geometry, residual)
 
     def reference(self, x: Tensor) -> Tensor:
         """`scale * (x * b) + bias`: [N, C, H, W] -> [N, O, H', W'], in floats and with gradients."""

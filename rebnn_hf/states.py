@@ -3,6 +3,11 @@ weight)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
+from operator import is_
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -97,9 +102,9 @@ class PackedProduct(Packed):
 
     def _init_product(self) -> None:
         self.register_module("input_binarizer", None)
-        self._layout, self._layout_of = None, (None,)
+        self._layout = Derived()
 
-    def _engine_codes(self, x: Tensor) -> kernels.Codes | None:
+    def engine_codes(self, x: Tensor) -> kernels.Codes | None:
         """How the engine makes codes of x; None where the reference has to compute."""
         return engine_codes(self.input_binarizer) if kernels.serves(x) else None
 
@@ -110,7 +115,7 @@ class PackedProduct(Packed):
             ValueError: x has another number of features than the layer.
         """
         self._check_features(x)
-        codes = self._engine_codes(x)
+        codes = self.engine_codes(x)
         if codes is None:
             return self.reference(x)
         layout = None if codes.kind == "float" else self.layout(codes.layout)
@@ -124,18 +129,29 @@ class PackedProduct(Packed):
         """The bits in the order of the kernels: made when they are first needed, never saved, and made anew for other
         bits. None while a compiler traces, where they are made in each call unless the layer ran before."""
         if torch.compiler.is_compiling():
-            return self._layout
-        weight, (made_of, *state) = self.weight, self._layout_of
-        version = 0 if weight.is_inference() else weight._version
-        # The tensor itself too: another one can get the address of one that is gone.
-        if made_of is not weight or state != [kind, weight.data_ptr(), version]:
-            self._layout = self._make_layout(kind)
-            self._layout_of = (weight, kind, weight.data_ptr(), version)
-        return self._layout
+            return self._layout.value
+        return self._layout.of((self.weight,), partial(self._make_layout, kind), kind)
 
-    def __getstate__(self) -> dict:
-        """Copies and pickles make their layouts themselves."""
-        return {**self.__dict__, "_layout": None, "_layout_of": (None,)}
+
+class Derived:
+    """What is made of tensors, kept until they change; copies and pickles make theirs themselves."""
+
+    def __init__(self):
+        self.value: Any = None
+        self._made_of: tuple[Tensor, ...] = ()
+        self._state: list = []
+
+    def of(self, tensors: tuple[Tensor, ...], make: Callable[[], Any], *options: Hashable) -> Any:
+        """What `make` makes of these tensors and options: the same again for the same."""
+        state = [*options, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)]
+        # The tensors themselves too: another one can get the address of one that is gone.
+        if state != self._state or not all(map(is_, tensors, self._made_of)):
+            self.value = make()
+            self._made_of, self._state = tensors, state
+        return self.value
+
+    def __reduce__(self) -> tuple:
+        return Derived, ()
 
 
 class _EngineProduct(torch.autograd.Function):

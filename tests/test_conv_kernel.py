@@ -163,6 +163,34 @@ def test_empty_batches_and_images(isa, shape, kind, bits, low, shifted):
         assert torch.equal(found, bias[:, None, None].expand(found.shape))
 
 
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+def test_shortcut_and_rprelu_follow(isa, code, stride):
+    """Every operation rounds, in the order of rebnn.h; special values go their ordinary way."""
+    kind, bits, low, _ = code
+    x, signs, geometry = images_of(2, 66, 5, 37, 0.3, 0), signs_of(19, 66, (3, 3)), ((3, 3), stride, (1, 1))
+    weight_scale, bias, shift_in, slope, shift_out = torch.randn(5, 19, generator=generator(1))
+    arguments = (x, layout_of(signs, bits), weight_scale, bias, kind, bits, low, 0.3, None, *geometry)
+    y = cpu.conv2d(*arguments)
+    shortcut = torch.randn(y.shape, generator=generator(2))
+    shortcut.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    found = cpu.conv2d(*arguments, (shortcut, shift_in, slope, shift_out))
+    z = y + shortcut + shift_in[:, None, None]
+    expected = torch.where(z > 0, z, slope[:, None, None] * z) + shift_out[:, None, None]
+    assert torch.equal(found.nan_to_num(7e37), expected.nan_to_num(7e37))
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_residual_of_another_shape_is_an_error(wrong):
+    arguments = (torch.randn(1, 3, 5, 5), layout_of(signs_of(4, 3, (3, 3)), 1), torch.ones(4), None)
+    residual = [torch.randn(1, 4, 3, 3), *torch.randn(3, 4)]
+    residual[wrong] = residual[wrong][..., 1:]
+    name = ("shortcut", "shift_in", "slope", "shift_out")[wrong]
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        cpu.conv2d(*arguments, "sign", 1, 0, 1.0, None, (3, 3), (1, 1), (0, 0), residual)
+
+
 @needs_library
 def test_no_outputs():
     layout = layout_of(signs_of(0, 3, (3, 3)), 1)
@@ -238,6 +266,7 @@ def arguments(code=("levels", 2, -2, True), **changes):
         "kernel": [3, 2],
         "stride": [2, 1],
         "padding": [1, 0],
+        "residual": None,
     }
     assert set(changes) <= set(good)
     return good | changes
@@ -251,6 +280,8 @@ def call(**changes):
 @pytest.mark.parametrize("code", CODES)
 def test_conv2d_is_a_proper_operator(code):
     torch.library.opcheck(torch.ops.rebnn.conv2d.default, tuple(arguments(code).values()))
+    unit = arguments(code, residual=[torch.randn(2, 6, 4, 7), *torch.randn(3, 6)])
+    torch.library.opcheck(torch.ops.rebnn.conv2d.default, tuple(unit.values()))
     half = arguments(code, x=torch.randn(0, 5, 7, 8).bfloat16(), layout=None, bias=None, input_scale=None)
     torch.library.opcheck(torch.ops.rebnn.conv2d.default, tuple(half.values()))
 

@@ -7,8 +7,8 @@ Both give the same integers; floats may differ by rounding.
 Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.export` trace them:
 
 - `linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift)`: codes of x times signs.
-- `conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding)`: the
-  same of the windows of an image.
+- `conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual)`:
+  the same of the windows of an image; shortcut and RPReLU may follow.
 - `embedding(indices, bits, weight_scale, width)`: rows of a 1-bit table.
 - `attention(query, key, value, mask, table, threshold, scale)`: of 1-bit queries, keys, values and probabilities.
 - `encoder(hidden, mask, image)`: a stack of fully binary BERT layers, see `fusion`.
@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ _library.define(
 )
 _library.define(
     "conv2d(Tensor x, Tensor bits, Tensor? layout, Tensor weight_scale, Tensor? bias, str codes, int width, int low, "
-    "Tensor? input_scale, Tensor? shift, int[] kernel, int[] stride, int[] padding) -> Tensor"
+    "Tensor? input_scale, Tensor? shift, int[] kernel, int[] stride, int[] padding, Tensor[]? residual=None) -> Tensor"
 )
 _library.define("embedding(Tensor indices, Tensor bits, Tensor weight_scale, int width) -> Tensor")
 _library.define(
@@ -71,6 +72,20 @@ class Codes:
     def layout(self) -> int:
         """Number of the kernel layout that products with these codes read; see `rebnn_layout` in rebnn.h."""
         return cpu.QUADS if self.width == 8 else cpu.WORDS
+
+
+class Residual(NamedTuple):
+    """What makes a unit of a residual network of a convolution: shortcut and RPReLU (`rebnn_residual`).
+
+    Args:
+        shortcut: of the shape of the result, [N, O, H', W'].
+        shift_in, slope, shift_out: [O].
+    """
+
+    shortcut: Tensor
+    shift_in: Tensor
+    slope: Tensor
+    shift_out: Tensor
 
 
 # Which backend
@@ -163,6 +178,7 @@ def conv2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    residual: Residual | None = None,
 ) -> Tensor:
     """`conv2d(c, b) * (weight_scale * input scale) + bias` by the C library, for inputs that `serves` accepts.
 
@@ -177,6 +193,7 @@ def conv2d(
         bias: [O] or None.
         codes: how x becomes c, `sign` or `levels`; its shift is [C].
         kernel, stride, padding: (height, width) each.
+        residual: what follows: z = y + shortcut + shift_in, and y = (z > 0 ? z : slope * z) + shift_out.
 
     Returns:
         [N, O, H', W'] in the type of x, contiguous; H' = floor((H + 2 pad - kernel) / stride) + 1, W' alike. Computed
@@ -186,7 +203,8 @@ def conv2d(
         ValueError: shapes, types or codes that do not fit, or a kernel larger than the padded image.
     """
     described = (codes.kind, codes.width, codes.low, codes.scale, codes.shift)
-    return torch.ops.rebnn.conv2d(x, bits, layout, weight_scale, bias, *described, kernel, stride, padding)
+    geometry = (kernel, stride, padding)
+    return torch.ops.rebnn.conv2d(x, bits, layout, weight_scale, bias, *described, *geometry, residual)
 
 
 def embedding(indices: Tensor, bits: Tensor, weight_scale: Tensor, width: int) -> Tensor:
@@ -257,7 +275,7 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
     return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
 
 
-def _conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding):
+def _conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None):
     if x.ndim != 4:
         raise ValueError(f"x must be images [batch, channels, height, width], got a shape of {(*x.shape,)}.")
     features = x.shape[1] * math.prod(kernel)
@@ -269,7 +287,8 @@ def _conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
     layout = cpu.conv_layout(bits, x.shape[1], kernel, Codes(codes, width).layout) if layout is None else layout
     scale = 1.0 if input_scale is None else float(input_scale)
     tensors = (_floats(x), layout, _floats(weight_scale), _floats(bias))
-    y = cpu.conv2d(*tensors, codes, width, low, scale, _floats(shift), kernel, stride, padding)
+    residual = None if residual is None else [_floats(tensor) for tensor in residual]
+    y = cpu.conv2d(*tensors, codes, width, low, scale, _floats(shift), kernel, stride, padding, residual)
     return y.to(x.dtype)
 
 
@@ -354,7 +373,7 @@ def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift
 
 
 @torch.library.register_fake("rebnn::conv2d")
-def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding):
+def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None):
     spatial = zip(x.shape[2:], padding, kernel, stride, strict=True)
     size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spatial]
     return x.new_empty(x.shape[0], bits.shape[0], *size)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 WORDS, QUADS = 0, 1  # rebnn_layout
 CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
 CONV_CODES = ("sign", "levels")  # those of convolutions: a pixel has no scale of its own
@@ -41,6 +41,12 @@ class _Input(ctypes.Structure):
     )
 
 
+class _Residual(ctypes.Structure):
+    """rebnn_residual."""
+
+    _fields_ = (("shortcut", c_void_p), ("shift_in", c_void_p), ("slope", c_void_p), ("shift_out", c_void_p))
+
+
 _SIGNATURES = {
     "rebnn_abi_version": (c_int,),
     "rebnn_isa_name": (c_char_p, c_int),
@@ -56,7 +62,8 @@ _SIGNATURES = {
     "rebnn_conv_layout_size": (c_int64, c_int, c_int64, c_int64, c_int64, c_int64),
     "rebnn_conv_layout_fill": (c_int, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "rebnn_conv2d": (
-        *(c_int, c_void_p, c_int, *(c_int64,) * 11, c_void_p, POINTER(_Input), c_void_p, c_void_p, c_void_p, c_void_p),
+        *(c_int, c_void_p, c_int, *(c_int64,) * 11, c_void_p, POINTER(_Input), c_void_p, c_void_p, c_void_p),
+        *(POINTER(_Residual), c_void_p),
     ),
     "rebnn_embedding": (c_int, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     "rebnn_attention": (
@@ -349,10 +356,13 @@ def conv2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    residual: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """`rebnn_conv2d`: x float32 [N, C, H, W] -> float32 [N, O, H', W'], H' = floor((H + 2 pad - kernel) / stride) + 1
-    and W' alike; layout of `conv_layout`, shift [C]; kernel, stride and padding (height, width)."""
-    return prepare_conv2d(x, layout, weight_scale, bias, codes, width, low, scale, shift, kernel, stride, padding)()
+    and W' alike; layout of `conv_layout`, shift [C]; kernel, stride and padding (height, width); residual: shortcut
+    [N, O, H', W'], and shift_in, slope and shift_out [O]."""
+    codes = (codes, width, low, scale, shift)
+    return prepare_conv2d(x, layout, weight_scale, bias, *codes, kernel, stride, padding, residual)()
 
 
 def prepare_conv2d(
@@ -368,6 +378,7 @@ def prepare_conv2d(
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    residual: Sequence[Tensor] | None = None,
 ) -> Callable[[], Tensor]:
     """`conv2d` with everything checked, as `prepare_linear` is to `linear`."""
     if x.ndim != 4:
@@ -390,12 +401,17 @@ def prepare_conv2d(
         )
     layout = _aligned(layout)
     y = torch.empty(len(x), outputs, rows, columns)
+    if residual is not None:
+        _expect("shortcut", residual[0], torch.float32, *y.shape)
+        for name, values in zip(("shift_in", "slope", "shift_out"), residual[1:], strict=True):
+            _expect(name, values, torch.float32, outputs)
+    follows = None if residual is None else byref(_Residual(*map(_pointer, residual)))
     function, chosen, threads = _library().rebnn_conv2d, isa(), torch.get_num_threads()
     sizes = (*x.shape, outputs, *kernel, *stride, *padding)
 
     def call() -> Tensor:
-        pointers = map(_pointer, (layout, weight_scale, bias, y))
-        status = function(chosen, threads, *sizes, x.data_ptr(), byref(described), *pointers)
+        tensors = map(_pointer, (layout, weight_scale, bias))
+        status = function(chosen, threads, *sizes, x.data_ptr(), byref(described), *tensors, follows, _pointer(y))
         _done(status, "rebnn_conv2d")
         return y
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..activations import rprelu
 from ..binarizers import RPReLU, ShiftedSign, channel_codes_of
 from ..functional import WeightRule
-from ..layers import BinaryConv2d
+from ..kernels import Codes, Residual
+from ..layers import BinaryConv2d, PackedConv2d
+from ..states import Derived
 
 REACTNET = WeightRule(scale="mean_abs", slope="unit")
 """The weights of ReActNet (D3): `alpha_i = mean_j |W_ij|`, taken as a constant, and a gradient without alpha."""
@@ -54,10 +57,48 @@ class BinaryUnit(nn.Module):
         self.norm = nn.BatchNorm2d(out_chs)
         self.shortcut = shortcut or nn.Identity()
         self.act = ChannelRPReLU(out_chs)
+        self._folded = Derived()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, O, H', W']."""
-        return self.act(self.norm(self.conv(x)) + self.shortcut(x))
+        """[N, C, H, W] -> [N, O, H', W']; packed, in eval mode and without gradients, as one call of the engine."""
+        codes = self._codes_for_one_call(x)
+        if codes is None:
+            return self.act(self.norm(self.conv(x)) + self.shortcut(x))
+        residual = Residual(self.shortcut(x), self.act.shift_in, self.act.slope, self.act.shift_out)
+        return self.conv.residual_unit(x, codes, *self._scale_and_bias(), residual)
+
+    def _codes_for_one_call(self, x: Tensor) -> Codes | None:
+        """How the engine makes codes of x; None where the layers have to run one by one."""
+        parts = (self.conv, self.norm, self.act)
+        if torch.is_grad_enabled() or self.norm.training or not isinstance(self.conv, PackedConv2d):
+            return None
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return None
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return None
+        return self.conv.engine_codes(x)
+
+    def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Scales of the convolution with BatchNorm folded in: [O] each."""
+        norm = self.norm
+        tensors = (self.conv.weight_scale, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        if torch.compiler.is_compiling():
+            return fold(*tensors, norm.eps)
+        return self._folded.of(tensors, lambda: fold(*tensors, norm.eps), norm.eps)
+
+
+def fold(
+    scale: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and bias for which `scale' y + bias' = BN(scale y)`, BatchNorm in eval mode; in float32.
+
+    Args:
+        scale: of the convolution before it, which has no bias, [O].
+        weight, bias, mean, variance: of BatchNorm, [O].
+        eps: of BatchNorm.
+    """
+    factor = weight.double() / (variance.double() + eps).sqrt()
+    return (scale * factor).float(), (bias - mean * factor).float()
 
 
 class SignConv2d(nn.Conv2d):

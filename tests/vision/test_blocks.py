@@ -6,11 +6,13 @@ import torch
 pytest.importorskip("timm", reason="needs the extra rebnn_hf[vision]")
 
 import equations
+from operators import Recorded
 from torch import nn
 
+from rebnn_hf import kernels
 from rebnn_hf.functional import WeightRule
 from rebnn_hf.layers import BinaryConv2d
-from rebnn_hf.vision.blocks import REACTNET, BinaryUnit, ChannelRPReLU, SignConv2d
+from rebnn_hf.vision.blocks import REACTNET, BinaryUnit, ChannelRPReLU, SignConv2d, fold
 from rebnn_hf.vision.reactnet import _block
 from rebnn_hf.vision.resnet import _stage
 
@@ -114,3 +116,73 @@ def test_types_and_bias(kind):
     conv = BinaryUnit(4, 4, 3, rule=KINDS[kind]).conv
     assert type(conv) is (SignConv2d if kind == "float" else BinaryConv2d) and conv.bias is None
     assert (getattr(conv, "weight_scale", None) is not None) == (kind == "learned")
+
+
+needs_engine = pytest.mark.skipif(not kernels.cpu.available(), reason=kernels.cpu.why_not() or "it is there")
+
+
+def packed_units():
+    """Two units, the first of stride 2, of a model in eval mode."""
+    units = equations.randomize(_stage(1, 2, WeightRule())).eval()
+    for unit in units:
+        unit.conv = unit.conv.pack()
+    return units
+
+
+def calls_and_result(units, x):
+    with torch.no_grad(), Recorded() as engine:
+        y = units(x)
+    return engine.names, y
+
+
+@needs_engine
+def test_a_packed_unit_is_one_call_and_gives_what_its_layers_give():
+    first = packed_units()[0]
+    x = image(64).float()
+    with torch.no_grad():
+        codes = equations.sign(first.conv.input_binarizer.shift[:, None, None] + x)
+        y = equations.convolve(codes, first.conv.to_float().weight, 2)
+        z = equations.norm(y, first.norm) + equations.downsampled(first)(x)
+        expected = equations.rprelu(z, first.act.shift_in, first.act.slope, first.act.shift_out)
+    names, found = calls_and_result(first, x)
+    assert names == ["rebnn::conv2d"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found < first.act.shift_out[:, None, None]).any()  # the negative side too
+
+
+@needs_engine
+def test_what_happens_between_the_layers_of_a_unit_is_seen():
+    """A hook, training of BatchNorm, gradients: the layers run one by one."""
+    unit, x, seen = packed_units()[1], image(128).float(), []
+    unit.norm.register_buffer("calls", torch.zeros(()))
+    whole = calls_and_result(unit, x)[1]
+    hook = unit.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(calls_and_result(unit, x)[1], whole, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    assert len(seen) == 1
+    y = unit(x.requires_grad_())
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+    unit.norm.train()
+    before = unit.norm.running_mean.clone()
+    calls_and_result(unit, x.detach())
+    assert not torch.equal(unit.norm.running_mean, before)
+
+
+@needs_engine
+def test_a_changed_norm_is_folded_anew():
+    unit, x = packed_units()[1], image(128).float()
+    calls_and_result(unit, x)
+    with torch.no_grad():
+        unit.norm.running_mean.add_(3)
+        unit.norm.weight.mul_(-2)
+        expected = unit.act(unit.norm(unit.conv(x)) + x)
+    torch.testing.assert_close(calls_and_result(unit, x)[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_folding_is_batch_norm():
+    norm = equations.randomize(nn.BatchNorm2d(6)).double().eval()
+    scale, y = torch.rand(6, dtype=torch.float64), image(6)
+    factor, offset = fold(scale, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    found = factor.double()[:, None, None] * y + offset.double()[:, None, None]
+    torch.testing.assert_close(found, norm(scale[:, None, None] * y), rtol=1e-6, atol=1e-6)

@@ -74,6 +74,7 @@ typedef struct {
     const float *bias;     /* [outputs], of zeros if there is none */
     const float *unit;     /* [outputs] ones: the kernels return products, scales follow with the padding's share */
     const float *padding;  /* [positions][outputs]: what to add where a position is padded; NULL: nothing */
+    const rebnn_residual *residual; /* what follows; NULL: nothing */
     atomic_int out_of_memory;
 } conv_call;
 
@@ -172,6 +173,16 @@ static void add_padding(const conv_call *c, int64_t i, int64_t j, float *product
                     products[n] += padding[n];
 }
 
+/* Shortcut and RPReLU of `count` outputs of channel n, from y[start] on. */
+static void add_residual(const conv_call *c, int64_t n, int64_t start, int64_t count)
+{
+    const rebnn_residual *r = c->residual;
+    for (int64_t i = start; i < start + count; i++) {
+        float z = c->y[i] + r->shortcut[i] + r->shift_in[n];
+        c->y[i] = (z > 0 ? z : r->slope[n] * z) + r->shift_out[n];
+    }
+}
+
 /* Output pixels [first, last) of an image, counted row by row; the codes of the image begin with row `top`. */
 static void run_pixels(const conv_call *c, const scratch *s, int64_t image, int64_t top, int64_t first, int64_t last)
 {
@@ -195,9 +206,11 @@ static void run_pixels(const conv_call *c, const scratch *s, int64_t image, int6
         for (int64_t q = first; q < last; q++)
             add_padding(c, q / c->out_w, q % c->out_w, s->products + (q - first) * s->stride);
     for (int64_t n = 0; n < c->outputs; n++) {
-        float *y = c->y + (image * c->outputs + n) * area + first;
+        int64_t start = (image * c->outputs + n) * area + first;
         for (int64_t q = 0; q < last - first; q++)
-            y[q] = s->products[q * s->stride + n] * c->scale[n] + c->bias[n];
+            c->y[start + q] = s->products[q * s->stride + n] * c->scale[n] + c->bias[n];
+        if (c->residual)
+            add_residual(c, n, start, last - first);
     }
 }
 
@@ -306,14 +319,18 @@ static void fill_windows(const conv_call *c, const block_scratch *s, int64_t top
 static void multiply_blocks(const conv_call *c, const block_scratch *s, int64_t image, int64_t first, int64_t last)
 {
     int64_t area = c->out_h * c->out_w, words = c->inputs / 64, positions = c->kernel_h * c->kernel_w;
+    const rebnn_residual *r = c->residual;
     for (int64_t n = 0; n < c->outputs; n += BLOCK)
         for (int64_t q = first, block = 0; q < last; q += BLOCK, block++) {
+            int64_t start = (image * c->outputs + n) * area + q;
             conv_block b = {.outputs = c->outputs - n < BLOCK ? c->outputs - n : BLOCK,
                             .pixels = last - q < BLOCK ? last - q : BLOCK, .inputs = c->channels * positions,
                             .scale = c->scale + n, .bias = c->bias + n, .positions = s->edges[block] ? positions : 0,
                             .shares_stride = c->outputs, .outside = s->outside + block * positions,
-                            .shares = c->padding ? c->padding + n : NULL, .y = c->y + (image * c->outputs + n) * area + q,
-                            .y_stride = area};
+                            .shares = c->padding ? c->padding + n : NULL, .y = c->y + start, .y_stride = area};
+            if (r)
+                b.shortcut = r->shortcut + start, b.shift_in = r->shift_in + n, b.slope = r->slope + n,
+                b.shift_out = r->shift_out + n;
             c->isa->conv((const uint64_t *)c->layout + n * words, s->windows + block * words * BLOCK, words, &b);
         }
 }
@@ -403,12 +420,13 @@ static int sizes_are_good(const conv_call *c)
 rebnn_status rebnn_conv2d(const rebnn_isa *isa, int threads, int64_t batch, int64_t channels, int64_t height,
                           int64_t width, int64_t outputs, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
                           int64_t stride_w, int64_t pad_h, int64_t pad_w, const float *x, const rebnn_input *input,
-                          const void *layout, const float *weight_scale, const float *bias, float *y)
+                          const void *layout, const float *weight_scale, const float *bias,
+                          const rebnn_residual *residual, float *y)
 {
     conv_call c = {.isa = isa, .threads = threads, .batch = batch, .channels = channels, .height = height,
                    .width = width, .outputs = outputs, .kernel_h = kernel_h, .kernel_w = kernel_w,
                    .stride_h = stride_h, .stride_w = stride_w, .pad_h = pad_h, .pad_w = pad_w, .x = x, .input = input,
-                   .layout = layout, .y = y};
+                   .layout = layout, .residual = residual, .y = y};
     if (!isa || threads < 1 || threads > REBNN_MAX_THREADS || !valid_input(input) || input->codes == REBNN_TOKEN ||
         !sizes_are_good(&c))
         return REBNN_BAD_ARGUMENT;
@@ -417,7 +435,8 @@ rebnn_status rebnn_conv2d(const rebnn_isa *isa, int threads, int64_t batch, int6
         return REBNN_BAD_ARGUMENT;
     if (!batch || !outputs)
         return REBNN_OK;
-    if ((!x && channels && height && width) || !layout || !weight_scale || !y)
+    if ((!x && channels && height && width) || !layout || !weight_scale || !y ||
+        (residual && (!residual->shortcut || !residual->shift_in || !residual->slope || !residual->shift_out)))
         return REBNN_BAD_ARGUMENT;
     c.out_h = (height + 2 * pad_h - kernel_h) / stride_h + 1;
     c.out_w = (width + 2 * pad_w - kernel_w) / stride_w + 1;

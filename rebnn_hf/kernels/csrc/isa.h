@@ -30,13 +30,15 @@ typedef struct {
 
 /* A block of outputs and a block of pixels in a convolution of signs:
  *   y[o * y_stride + p] = (inputs - 2 mismatches + share) * scale[o] + bias[o], for o < outputs and p < pixels,
- * where share is the sum of shares[k * shares_stride + o] over the kernel's positions k that have bit p of outside[k]. */
+ * where share is the sum of shares[k * shares_stride + o] over the kernel's positions k that have bit p of outside[k].
+ * With a shortcut, which lies as y does, shortcut and RPReLU follow as in rebnn_residual. */
 typedef struct {
     int64_t outputs, pixels, inputs; /* the first two at most BLOCK */
     const float *scale, *bias;
     int64_t positions, shares_stride;
     const uint16_t *outside;
     const float *shares;
+    const float *shortcut, *shift_in, *slope, *shift_out; /* all NULL: nothing follows */
     float *y;
     int64_t y_stride;
 } conv_block;

@@ -105,6 +105,13 @@ static void conv(const uint64_t *outputs, const uint64_t *pixels, int64_t words,
         for (int64_t r = 0; r < rows; r++) {
             __m512 y = _mm512_mul_ps(dots[r], _mm512_set1_ps(b->scale[o + r]));
             y = _mm512_add_ps(y, _mm512_set1_ps(b->bias[o + r]));
+            if (b->shortcut) {
+                y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(some, b->shortcut + (o + r) * b->y_stride));
+                y = _mm512_add_ps(y, _mm512_set1_ps(b->shift_in[o + r]));
+                __mmask16 rest = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NGT_UQ);
+                y = _mm512_mask_mul_ps(y, rest, y, _mm512_set1_ps(b->slope[o + r]));
+                y = _mm512_add_ps(y, _mm512_set1_ps(b->shift_out[o + r]));
+            }
             _mm512_mask_storeu_ps(b->y + (o + r) * b->y_stride, some, y);
         }
     }

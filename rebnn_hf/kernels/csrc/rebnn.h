@@ -29,7 +29,7 @@ extern "C" {
 #define REBNN_API
 #endif
 
-#define REBNN_ABI_VERSION 1
+#define REBNN_ABI_VERSION 2
 #define REBNN_MAX_INPUTS 4194304 /* 2^22: products of 8-bit codes stay below 2^31 */
 #define REBNN_MAX_THREADS 1024
 
@@ -107,17 +107,25 @@ REBNN_API rebnn_status rebnn_linear(const rebnn_isa *isa, int threads, int64_t r
 REBNN_API rebnn_status rebnn_embedding(int threads, int64_t count, int64_t entries, int64_t width,
                                        const int64_t *index, const uint8_t *bits, const float *scale, float *y);
 
+/* What makes a unit of a residual network of a convolution, in the same pass over its outputs: shortcut and RPReLU,
+ *   z = y + shortcut + shift_in,  y = (z > 0 ? z : slope * z) + shift_out. */
+typedef struct {
+    const float *shortcut;                     /* of the shape of y; may not overlap it */
+    const float *shift_in, *slope, *shift_out; /* [outputs] */
+} rebnn_residual;
+
 /* 2-D convolution (cross-correlation), y = (products of the windows) * (weight_scale * input scale) + bias.
  *   x [batch][channels][height][width]; y [batch][outputs][out_h][out_w], where out_h is
  *   floor((height + 2 pad_h - kernel_h) / stride_h) + 1, at least 1, and out_w alike.
  *   input: SIGN or LEVELS, shift [channels]. Codes, rounding and the other arguments are those of rebnn_linear. A
  *   padded position adds 0 to the product: it is neither +1 nor -1, and no shift is added to it.
- *   layout: of rebnn_conv_layout_fill, of the kind that input->bits calls for. */
+ *   layout: of rebnn_conv_layout_fill, of the kind that input->bits calls for.
+ *   residual: what follows; NULL: nothing. Every operation of it rounds. */
 REBNN_API rebnn_status rebnn_conv2d(const rebnn_isa *isa, int threads, int64_t batch, int64_t channels, int64_t height,
                                     int64_t width, int64_t outputs, int64_t kernel_h, int64_t kernel_w,
                                     int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, const float *x,
                                     const rebnn_input *input, const void *layout, const float *weight_scale,
-                                    const float *bias, float *y);
+                                    const float *bias, const rebnn_residual *residual, float *y);
 
 /* The layout of a convolution is that of a linear layer whose inputs are the kernel's positions, row by row, each with
  * its channels, padded with -1 to whole words (WORDS: 64, QUADS: 4). At most REBNN_MAX_INPUTS with the padding.

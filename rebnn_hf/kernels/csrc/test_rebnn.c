@@ -463,6 +463,22 @@ static void test_reached(int64_t n, int32_t total)
     release();
 }
 
+/* Shortcut and RPReLU of `outputs` channels and `size` values. */
+static rebnn_residual random_residual(int64_t outputs, int64_t size)
+{
+    return (rebnn_residual){floats(size, RANDOM), floats(outputs, RANDOM), floats(outputs, RANDOM),
+                            floats(outputs, RANDOM)};
+}
+
+/* What follows value y of channel o, the i-th of all. */
+static float with_residual(float y, const rebnn_residual *r, int64_t o, int64_t i)
+{
+    if (!r->shortcut)
+        return y;
+    float z = y + r->shortcut[i] + r->shift_in[o];
+    return (z > 0 ? z : r->slope[o] * z) + r->shift_out[o];
+}
+
 /* A block of outputs against one of pixels, with kinds of both, and positions that some pixels lack. */
 static void test_conv_block(int64_t words, int64_t outputs, int64_t pixels, int kind, int other)
 {
@@ -472,6 +488,7 @@ static void test_conv_block(int64_t words, int64_t outputs, int64_t pixels, int 
     float *scale = floats(outputs, RANDOM), *bias = floats(outputs, RANDOM), *y = take(size * 4);
     float *shares = take(((positions - 1) * shares_stride + outputs) * (positions > 0) * 4);
     uint16_t *outside = take(positions * 2);
+    rebnn_residual r = below(2) ? random_residual(outputs, size) : (rebnn_residual){0};
     for (int64_t i = 0; i < (positions - 1) * shares_stride + outputs && positions; i++)
         shares[i] = (float)(below(200) - 100);
     for (int64_t k = 0; k < positions; k++)
@@ -485,9 +502,10 @@ static void test_conv_block(int64_t words, int64_t outputs, int64_t pixels, int 
                 dot -= 2 * set_bits(a[k * BLOCK + o] ^ b[k * BLOCK + p]);
             for (int64_t k = 0; k < positions; k++)
                 dot += outside[k] >> p & 1 ? (int)shares[k * shares_stride + o] : 0;
-            expected[o * y_stride + p] = (float)dot * scale[o] + bias[o];
+            expected[o * y_stride + p] = with_residual((float)dot * scale[o] + bias[o], &r, o, o * y_stride + p);
         }
-    conv_block block = {outputs, pixels, 64 * words, scale, bias, positions, shares_stride, outside, shares, y, y_stride};
+    conv_block block = {outputs, pixels, 64 * words, scale, bias, positions, shares_stride, outside, shares,
+                        r.shortcut, r.shift_in, r.slope, r.shift_out, y, y_stride};
     for (int i = 0; i < isa_count; i++) {
         if (!isas[i]->conv)
             continue;
@@ -791,6 +809,7 @@ static void test_conv(const rebnn_input *kind_of_input, conv_shape s, int kind, 
     void *layout = take(rebnn_conv_layout_size(kind_of(&input), s.outputs, s.channels, s.kernel_h, s.kernel_w));
     GOOD(rebnn_conv_layout_fill(kind_of(&input), s.outputs, s.channels, s.kernel_h, s.kernel_w, bits, layout));
     float *shift = below(2) ? floats(s.channels, RANDOM) : NULL;
+    rebnn_residual r = below(2) ? random_residual(s.outputs, count) : (rebnn_residual){0};
     for (int64_t i = 0; i < s.outputs * elements; i++)
         signs[i] = bit(bits + i / elements * ceil_div(elements, 8), i % elements) ? 1 : -1;
     for (int64_t i = 0; i < s.batch * s.channels * area; i++) {
@@ -812,12 +831,15 @@ static void test_conv(const rebnn_input *kind_of_input, conv_shape s, int kind, 
                                 dot += codes[(image * s.channels + c) * area + row * s.width + column] *
                                        signs[o * elements + c * positions + k];
                         }
-                    *next++ = (float)dot * (scale[o] * input.scale) + (bias ? bias[o] : 0);
+                    float value = (float)dot * (scale[o] * input.scale) + (bias ? bias[o] : 0);
+                    *next = with_residual(value, &r, o, next - expected);
+                    next++;
                 }
     for (int i = 0; i < isa_count; i++) {
         memset(y, 0xa5, (size_t)count * 4);
         GOOD(rebnn_conv2d(isas[i], threads, s.batch, s.channels, s.height, s.width, s.outputs, s.kernel_h, s.kernel_w,
-                          s.stride_h, s.stride_w, s.pad_h, s.pad_w, x, &input, layout, scale, bias, y));
+                          s.stride_h, s.stride_w, s.pad_h, s.pad_w, x, &input, layout, scale, bias,
+                          r.shortcut ? &r : NULL, y));
         check_floats(isas[i]->name, "conv2d", y, expected, count);
     }
     release();
@@ -945,7 +967,7 @@ static void test_arguments(void)
     GOOD(rebnn_embedding(1, 0, 1, 1, NULL, bits, scale, NULL));
 #define CONV(channels, height, outputs, kernel, stride, pad, x, input, layout, scale, y)                              \
     rebnn_conv2d(isa, 1, 1, channels, height, 4, outputs, kernel, 2, stride, 1, pad, 0, x, input, layout, scale,      \
-                 NULL, y)
+                 NULL, NULL, y)
     GOOD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, scale, y));
     BAD(CONV(-1, 4, 1, 2, 1, 0, x, &sign, layout, scale, y));
     BAD(CONV(1, -1, 1, 2, 1, 2, x, &sign, layout, scale, y));
@@ -964,8 +986,13 @@ static void test_arguments(void)
     BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, NULL, scale, y));
     BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, NULL, y));
     BAD(CONV(1, 4, 1, 2, 1, 0, x, &sign, layout, scale, NULL));
-    BAD(rebnn_conv2d(NULL, 1, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, y));
-    BAD(rebnn_conv2d(isa, 0, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, y));
+    BAD(rebnn_conv2d(NULL, 1, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, NULL, y));
+    BAD(rebnn_conv2d(isa, 0, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, NULL, y));
+    for (int missing = 0; missing < 4; missing++) {
+        rebnn_residual r = {missing ? x : NULL, missing - 1 ? scale : NULL, missing - 2 ? scale : NULL,
+                            missing - 3 ? scale : NULL};
+        BAD(rebnn_conv2d(isa, 1, 1, 1, 4, 4, 1, 2, 2, 1, 1, 0, 0, x, &sign, layout, scale, NULL, &r, y));
+    }
     CHECK(rebnn_conv_layout_size(2, 1, 1, 1, 1) == -1 && rebnn_conv_layout_size(REBNN_WORDS, -1, 1, 1, 1) == -1 &&
               rebnn_conv_layout_size(REBNN_WORDS, 1, -1, 1, 1) == -1 &&
               rebnn_conv_layout_size(REBNN_WORDS, 1, 1, 0, 1) == -1 &&
