@@ -7,8 +7,8 @@ Both give the same integers; floats may differ by rounding.
 Operators (`torch.ops.rebnn`), with fakes, so that `torch.compile` and `torch.export` trace them:
 
 - `linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift)`: codes of x times signs.
-- `conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual)`:
-  the same of the windows of an image; shortcut and RPReLU may follow.
+- `conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding,
+  residual)`: the same of the windows of an image; shortcut and RPReLU may follow.
 - `embedding(indices, bits, weight_scale, width)`: rows of a 1-bit table.
 - `attention(query, key, value, mask, table, threshold, scale)`: of 1-bit queries, keys, values and probabilities.
 - `encoder(hidden, mask, image)`: a stack of fully binary BERT layers, see `fusion`.
@@ -275,7 +275,9 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
     return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
 
 
-def _conv2d(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None):
+def _conv2d(
+    x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None
+):
     if x.ndim != 4:
         raise ValueError(f"x must be images [batch, channels, height, width], got a shape of {(*x.shape,)}.")
     features = x.shape[1] * math.prod(kernel)
@@ -373,7 +375,9 @@ def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift
 
 
 @torch.library.register_fake("rebnn::conv2d")
-def _(x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None):
+def _(
+    x, bits, layout, weight_scale, bias, codes, width, low, input_scale, shift, kernel, stride, padding, residual=None
+):
     spatial = zip(x.shape[2:], padding, kernel, stride, strict=True)
     size = [(length + 2 * pad - k) // step + 1 for length, pad, k, step in spatial]
     return x.new_empty(x.shape[0], bits.shape[0], *size)

@@ -141,6 +141,15 @@ class StemPool(nn.MaxPool2d):
         return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
-def average_pool() -> nn.AvgPool2d:
+class AveragePool(nn.AvgPool2d):
     """2x2 average pool of stride 2 whose odd sizes round up, as those of a padded 3x3 convolution of stride 2 do."""
-    return nn.AvgPool2d(2, ceil_mode=True)
+
+    def __init__(self):
+        super().__init__(2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
+        if torch.is_grad_enabled() or x.shape[-2] % 2 or x.shape[-1] % 2:
+            return super().forward(x)
+        # The same sums in the same order, which on a CPU take a third of the time.
+        return (x[..., ::2, ::2] + x[..., ::2, 1::2]).add_(x[..., 1::2, ::2]).add_(x[..., 1::2, 1::2]).mul_(0.25)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..functional import WeightRule
 from .backbone import BinaryBackbone, image_cfg
-from .blocks import REACTNET, BinaryUnit, Stem, average_pool
+from .blocks import REACTNET, AveragePool, BinaryUnit, Stem
 from .checkpoints import checkpoint_filter_fn
 
 STEM = 32
@@ -101,7 +101,7 @@ def _block(in_chs: int, out_chs: int, stride: int, rule: WeightRule | None) -> n
     The paper doubles channels by two 1x1 convolutions from C to C, side by side. They see the same signs, and scale,
     BatchNorm and RPReLU belong to single channels: one convolution from C to 2C is the same.
     """
-    spatial = BinaryUnit(in_chs, in_chs, 3, stride, average_pool() if stride == 2 else None, rule)
+    spatial = BinaryUnit(in_chs, in_chs, 3, stride, AveragePool() if stride == 2 else None, rule)
     pointwise = BinaryUnit(in_chs, out_chs, 1, shortcut=Twice() if out_chs == 2 * in_chs else None, rule=rule)
     return nn.Sequential(OrderedDict(spatial=spatial, pointwise=pointwise))
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..functional import WeightRule
 from .backbone import BinaryBackbone, image_cfg
-from .blocks import REACTNET, BinaryUnit, Stem, StemPool, average_pool
+from .blocks import REACTNET, AveragePool, BinaryUnit, Stem, StemPool
 from .checkpoints import checkpoint_filter_fn
 
 CHANNELS = (64, 128, 256, 512)
@@ -90,7 +90,7 @@ def _stage(index: int, depth: int, rule: WeightRule | None) -> nn.Sequential:
     units = [BinaryUnit(chs, chs, 3, rule=rule) for _ in range(depth)]
     if index:
         in_chs = CHANNELS[index - 1]
-        shortcut = nn.Sequential(average_pool(), nn.Conv2d(in_chs, chs, 1, bias=False), nn.BatchNorm2d(chs))
+        shortcut = nn.Sequential(AveragePool(), nn.Conv2d(in_chs, chs, 1, bias=False), nn.BatchNorm2d(chs))
         units[0] = BinaryUnit(in_chs, chs, 3, 2, shortcut, rule)
     return nn.Sequential(*units)
 

@@ -12,7 +12,7 @@ from torch import nn
 from rebnn_hf import kernels
 from rebnn_hf.functional import WeightRule
 from rebnn_hf.layers import BinaryConv2d
-from rebnn_hf.vision.blocks import REACTNET, BinaryUnit, ChannelRPReLU, SignConv2d, fold
+from rebnn_hf.vision.blocks import REACTNET, AveragePool, BinaryUnit, ChannelRPReLU, SignConv2d, fold
 from rebnn_hf.vision.reactnet import _block
 from rebnn_hf.vision.resnet import _stage
 
@@ -45,6 +45,15 @@ def test_mobilenet_block(kind, stride, out_chs):
     spatial = equations.unit(block.spatial, x, kind, equations.halve if stride == 2 else lambda x: x, stride)
     expected = equations.unit(block.pointwise, spatial, kind, lambda x: torch.cat([x] * (out_chs // 8), 1))
     torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("height, width", [(6, 8), (5, 8), (7, 7)])
+def test_average_pool_is_the_same_with_and_without_gradients(height, width):
+    x = image(3, height, width).float()
+    with torch.no_grad():
+        found = AveragePool()(x)
+    assert torch.equal(found, AveragePool()(x))
+    torch.testing.assert_close(found, equations.halve(x))
 
 
 def test_padding_is_behind_the_sign(kind):
