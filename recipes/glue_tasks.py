@@ -13,8 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from glue_grammar import LABELS as DEMO_LABELS
-from glue_grammar import demo_dataset
+from glue_grammar import LABELS as DEMO_LABELS, demo_dataset
 from glue_tsv import read_tsv
 
 HUB_DATASET = "nyu-mll/glue"

@@ -1,5 +1,6 @@
 """The code of the documentation runs as printed, page by page, and every public name is documented."""
 
+import ast
 import importlib
 import json
 import re
@@ -110,3 +111,10 @@ def test_every_public_name_is_documented():
         module, _, name = path.rpartition(".")
         documentation = getattr(importlib.import_module(module), name).__doc__
         assert documentation and documentation.strip(), path
+
+
+def test_type_checkers_see_every_public_name():
+    stub = (ROOT / "rebnn_hf" / "__init__.pyi").read_text(encoding="utf-8")
+    imports = [statement for statement in ast.parse(stub).body if isinstance(statement, ast.ImportFrom)]
+    found = {alias.asname: statement.module for statement in imports for alias in statement.names}
+    assert found == rebnn_hf._HOME

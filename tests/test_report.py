@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, DistilBertConfig
-from transformers import DistilBertForSequenceClassification as DistilBert
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification as DistilBert,
+)
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, summary, unpack
