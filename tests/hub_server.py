@@ -25,7 +25,7 @@ LARGE = (".safetensors", ".bin", ".png")
 
 
 def front_matter_fault(card: str) -> str | None:
-    """What the Hub would not understand in a model card: no mapping, or results that are not where it looks for them."""
+    """What the Hub would not understand in a model card: no mapping, or results not where it looks for them."""
     front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
     try:
         fields = yaml.safe_load(front[1]) if front else {}
