@@ -82,7 +82,7 @@ def model_card(
         "library_name": "transformers",
         "pipeline_tag": _pipeline_tag(model),
         "metrics": list(dict.fromkeys(result.metric_type for result in eval_results)) or None,
-        "model_name": title,
+        "model_name": title if eval_results else None,
         "tags": list(dict.fromkeys([*HUB_TAGS, *tags])),
     } | metadata
     data = ModelCardData(eval_results=list(eval_results) or None, **fields)

@@ -87,7 +87,7 @@ def _saved_config(folder: Path) -> dict:
 def _loaders(folder: Path, saved: dict) -> dict[str, str]:
     """Auto class -> class: those that make the saved class, and AutoModel, which makes its encoder."""
     config = AutoConfig.from_pretrained(folder)
-    name = saved["architectures"][0]
+    (name,) = saved.get("architectures") or ("None",)
     loaders = dict.fromkeys(auto_classes(getattr(transformers, name, object), config), name)
     if not loaders:
         raise ValueError(f"no Auto class of transformers loads {name}; import rebnn_hf in the code that defines it.")
