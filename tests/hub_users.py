@@ -41,10 +41,10 @@ def refusal(action, *args, **kwargs) -> list[str]:
     return ["nothing", f"it returned {type(result).__name__}"]
 
 
-def build(seed: int):
+def build(seed: int, width: int = 20):
     """A small float model, far from its initial values."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=len(WORDS), hidden_size=20, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(vocab_size=len(WORDS), hidden_size=width, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.BertConfig(**sizes, intermediate_size=36, max_position_embeddings=16)
     model = transformers.BertForSequenceClassification(config).eval()
     with torch.no_grad():
@@ -67,7 +67,8 @@ def publish(folder: Path) -> dict:
     import rebnn_hf
 
     tokenizer, teacher = build_tokenizer(), build(1)
-    student = rebnn_hf.binarize(build(2), rebnn_hf.ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True))
+    method = rebnn_hf.ReBNNConfig.preset("rebnn-bit-w1a1", word_embeddings=True)
+    student = rebnn_hf.binarize(build(2, width=32), method)  # wide enough for the engine's fused encoder
     rebnn_hf.calibrate(student, {"input_ids": IDS})
     os.chdir(folder)
     teacher.push_to_hub("user/teacher")
@@ -79,7 +80,7 @@ def publish(folder: Path) -> dict:
 
     other = rebnn_hf.pack(rebnn_hf.binarize(build(3)))
     other.push_to_hub("user/model", revision="v2")
-    other.push_to_hub("user/sharded", max_shard_size="5KB")
+    other.push_to_hub("user/sharded", max_shard_size="2KB")
     other.save_pretrained("collection/students/small")
     HfApi().create_repo("user/collection")
     HfApi().upload_folder(repo_id="user/collection", folder_path="collection")
@@ -140,7 +141,6 @@ def read(folder: Path) -> dict:
     model = load("user/model")
     get_session().get(f"{os.environ['HF_ENDPOINT']}/local-files-only")  # a mark in what the server has seen
     cached = answers(load("user/model", local_files_only=True))
-    uncached = refusal(load, "user/teacher", local_files_only=True)
     get_session().get(f"{os.environ['HF_ENDPOINT']}/may-ask-again")
     return {
         "logits": {
@@ -159,7 +159,7 @@ def read(folder: Path) -> dict:
         "fused": rebnn_hf.is_fused(model),
         "tokens": AutoTokenizer.from_pretrained("user/model")(SENTENCE)["input_ids"],
         "classified": pipeline("text-classification", model="user/model")(SENTENCE),
-        "not in the cache": uncached,
+        "not in the cache": refusal(load, "user/teacher", local_files_only=True),
         "private": refusal(load, "user/latent"),
         "private, by somebody else": refusal(load, "user/latent", token="other-writes"),
         "no such revision": refusal(load, "user/model", revision="v3"),

@@ -159,7 +159,7 @@ def test_tokenizer_and_pipeline(users):
 def test_local_files_only_asks_nobody(users):
     requests = users.hub.requests
     start, end = (requests.index(f"GET /{mark}") for mark in ("local-files-only", "may-ask-again"))
-    assert end == start + 1
+    assert requests[start + 1 : end] == []
     assert users.read["not in the cache"][0] == "OSError"
 
 
@@ -171,15 +171,15 @@ def test_private_models_need_a_token_of_their_user(users):
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("what", "error", "words"),
     [
-        ("no such revision", "v3 is not a valid git identifier"),
-        ("no such model", "user/nothing is not a local folder and is not a valid model"),
-        ("no such subfolder", "students/large"),
+        ("no such revision", "OSError", "v3 is not a valid git identifier"),
+        ("no such model", "OSError", "user/nothing is not a local folder and is not a valid model"),
+        ("no such subfolder", "ValueError", "Unrecognized model in user/collection"),
     ],
 )
-def test_mistaken_names(users, what, words):
-    assert users.read[what][0] == "OSError" and words in users.read[what][1]
+def test_mistaken_names(users, what, error, words):
+    assert users.read[what][0] == error and words in users.read[what][1]
 
 
 @pytest.mark.parametrize(
