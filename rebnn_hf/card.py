@@ -21,8 +21,10 @@ ABOUT = {
     "still stored as floats. `rebnn_hf.pack(model)` makes them one bit each.",
 }
 WITHOUT_IMPORT = {
-    "packed": "Without the import transformers stops, complaining about the shapes of the weights.",
-    "latent": "Without the import transformers takes the latent weights for float ones, and only warns.",
+    "packed": "It needs `pip install rebnn_hf`. Without the import transformers stops, complaining about the shapes of "
+    "the weights.",
+    "latent": "It needs `pip install rebnn_hf`. Without the import transformers takes the latent weights for float "
+    "ones, and only warns.",
 }
 
 
