@@ -60,7 +60,8 @@ def allow_loading_without_import(folder: str | Path) -> None:
 
 def forget_folder(config: PreTrainedConfig) -> None:
     """Take out of a config that is being loaded what `allow_loading_without_import` put into its folder."""
-    if getattr(config, "transformers_weights", None) == NOTICE:
+    weights = getattr(config, "transformers_weights", None) or ""
+    if "rebnn_hf" in weights and not weights.endswith((".safetensors", ".json")):  # a notice, of whatever version
         del config.transformers_weights
     if _is_ours(getattr(config, "auto_map", None)):
         del config.auto_map

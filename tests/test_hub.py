@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as hf
 from hub_server import Hub, serving
 from huggingface_hub import ModelCard
@@ -293,6 +294,16 @@ def test_auto_map(tmp_path, model_class, auto_map):
     before = contents(tmp_path)
     allow_loading_without_import(str(tmp_path))
     assert contents(tmp_path) == before, "twice is as good as once"
+
+
+def test_notices_of_other_versions_are_ignored_and_names_of_files_are_not(tmp_path):
+    save(hf.BertModel, tmp_path)
+    change_config(tmp_path, transformers_weights="none: install rebnn_hf")
+    expected = hf.AutoModel.from_pretrained(tmp_path).state_dict()
+    (tmp_path / "model.safetensors").rename(tmp_path / "rebnn_hf.safetensors")
+    change_config(tmp_path, transformers_weights="rebnn_hf.safetensors")
+    loaded = hf.AutoModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
