@@ -34,6 +34,8 @@ _HOME = {
     "use_int8_inputs": "int8",
     "summary": "report",
     "operations": "flops",
+    "model_card": "card",
+    "allow_loading_without_import": "hub",
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",

@@ -28,6 +28,9 @@ from .targets import (
     tied_weights,
 )
 
+HUB_TAGS = ("rebnn", "1-bit")
+"""Tags that every push of a 1-bit model to the Hub gives its card."""
+
 
 def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
     """Give a float model 1-bit weights that can be trained: float -> latent, in place.
@@ -74,6 +77,7 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
         add_activations(model, config, list(targets))
         untie_binary_embeddings(model)
     model.config.quantization_config = config
+    model.add_model_tags(list(HUB_TAGS))
     return model
 
 
@@ -241,6 +245,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in model.__dict__:
             delattr(model, name)
+    model.model_tags = [tag for tag in model.model_tags or () if tag not in HUB_TAGS] or None
 
 
 def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
@@ -257,6 +262,7 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
         else:
             replace_module(model, name, _latent(module, config))
     add_activations(model, config, names)
+    model.add_model_tags(list(HUB_TAGS))
 
 
 def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:

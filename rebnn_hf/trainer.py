@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from . import distillation
 from .binarizers import PARAMETRIC, Elastic, calibrate
+from .card import complete_card
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
 from .presets import loss_fields
@@ -208,6 +209,13 @@ class ReBNNTrainer(Trainer):
         self._loss_count += 1
         loss = sum(weight * parts[name] for name, weight in self._weights().items())
         return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card of transformers, which describes the training, and after it what is 1-bit and how to load it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and isinstance(self.model, PreTrainedModel):
+            folder = Path(self.args.output_dir)
+            complete_card(folder / "README.md", self.model, self.hub_model_id or folder.name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to each training log the parts of the loss, the reconstruction loss and the oscillation statistics."""

@@ -18,10 +18,10 @@ import transformers
 from glue_grammar import bag_of_words_accuracy
 from glue_stages import read_json, write_json
 from glue_training import STATE_FILE
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
 import rebnn_hf
-from rebnn_hf import plot_latent_weights, plot_oscillation
+from rebnn_hf import model_card, plot_latent_weights, plot_oscillation
 
 if TYPE_CHECKING:
     from glue_job import Job
@@ -36,7 +36,7 @@ def write_report(job: Job) -> None:
     log = read_json(job.run.folder("latent") / STATE_FILE)["log_history"]
     plot_oscillation(log, root / "oscillation.png")
     plot_latent_weights(job.load(job.run.folder("latent")), root / "weights.png")
-    (packed / "README.md").write_text(model_card(job, results), encoding="utf-8")
+    card(job, results).save(packed / "README.md")
     write_json(job.run.results_file, results)
 
 
@@ -181,54 +181,44 @@ def summary_table(results: dict[str, Any]) -> str:
 # The model card
 
 
-def model_card(job: Job, results: dict[str, Any]) -> str:
-    """The README.md of the packed folder: what the model is, what was measured, how to load it."""
+def card(job: Job, results: dict[str, Any]) -> ModelCard:
+    """The card of the packed folder: what the model is, what was measured, how to load it."""
+    task = job.task
+    return model_card(
+        job.auto_model.from_pretrained(job.run.folder("packed")),
+        title=job.title,
+        about=job.about,
+        usage=job.usage,
+        eval_results=eval_results(job, results["scores"]["packed"]),
+        measured=measured(results),
+        command=results["command"],
+        tags=["binary-neural-network"],
+        base_model=job.origin,
+        datasets=[task.hub_dataset] if task.hub_dataset else None,
+        language=task.language,
+        metrics=list(task.metrics),
+        model_name=job.model_name,
+        pipeline_tag=job.pipeline_tag,
+    )
+
+
+def measured(results: dict[str, Any]) -> str:
+    """The scores in words: of what, on what, by what."""
     hardware, versions = results["hardware"], results["versions"]
-    return f"""---
-{card_metadata(job, results).to_yaml()}
----
-
-# {job.title}
-
-{job.about}
-
-## Use
-
-```python
-import rebnn_hf  # lets transformers read 1-bit checkpoints
-{job.usage}
-```
-
-## What is 1-bit
-
-```
-{job.run.record("packed")["layers"]}
-```
-
-## Measured
-
-{summary(results)}
+    return f"""{summary(results)}
 
 On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}. The
 packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
-most {results["max_logit_difference"]:.1g}. Made by
-
-```
-{results["command"]}
-```
-
-on {hardware["accelerator"] or hardware["cpu"]} with torch {versions["torch"]}, transformers {versions["transformers"]}
-and rebnn_hf {versions["rebnn_hf"]}.
-"""
+most {results["max_logit_difference"]:.1g}. It ran on {hardware["accelerator"] or hardware["cpu"]} with torch
+{versions["torch"]}, transformers {versions["transformers"]} and rebnn_hf {versions["rebnn_hf"]}."""
 
 
-def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
-    """The front matter of the model card."""
-    task = job.task
-    scores = []
-    for name, value in results["scores"]["packed"].items():
+def eval_results(job: Job, scores: dict[str, float]) -> list[EvalResult]:
+    """Scores in the form of the Hub."""
+    task, results = job.task, []
+    for name, value in scores.items():
         metric, mismatched, _ = name.partition("_mismatched")
-        scores.append(
+        results.append(
             EvalResult(
                 task_type=job.pipeline_tag,
                 dataset_type=task.hub_dataset or task.name,
@@ -239,14 +229,4 @@ def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
                 metric_value=round(value, 4),
             )
         )
-    return ModelCardData(
-        base_model=job.origin,
-        datasets=[task.hub_dataset] if task.hub_dataset else None,
-        eval_results=scores,
-        language=task.language,
-        library_name="transformers",
-        metrics=list(task.metrics),
-        model_name=job.model_name,
-        pipeline_tag=job.pipeline_tag,
-        tags=["rebnn", "1-bit", "binary-neural-network"],
-    )
+    return results

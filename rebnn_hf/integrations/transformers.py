@@ -10,6 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..binarizers import PARAMETRIC, Elastic
 from ..fusion import fuse
+from ..hub import forget_folder
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
 from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
@@ -38,6 +39,11 @@ class ReBNNQuantizer(HfQuantizer):
     def get_new_dtype(self, converter, param, dtype):
         """Cast floats to the float type asked for; bits keep the type they are stored in, for the check to see."""
         return super().get_new_dtype(converter, param, dtype) if dtype is None or dtype.is_floating_point else None
+
+    def update_attn_implementation(self, config):
+        """The one place where a quantizer sees the config before transformers looks for files: see `hub`."""
+        forget_folder(config)
+        return super().update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         config = self.quantization_config = copy.deepcopy(self.quantization_config)  # a user may load two models by it
