@@ -86,6 +86,7 @@ class SquadJob(TextJob):
     script = "recipes/squad.py"
     auto_model = AutoModelForQuestionAnswering
     pipeline_tag = "question-answering"
+    adapter_task = "QUESTION_ANS"
     usage = """\
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
