@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 from rebnn_hf import PackedLinear
 
 
-def add_adapter(packed: PreTrainedModel, rank: int, task_type: str) -> PeftModel:
+def add_adapter(packed: PreTrainedModel, rank: int, task_type: str | None) -> PeftModel:
     """The packed model with an untrained adapter on each 1-bit linear layer of the encoder; its head trains too.
 
     Args:
         packed: The base; it is frozen.
         rank: r; `B A` is scaled by 2, whatever the rank.
-        task_type: What PEFT calls the kind of task; it knows by it what the head is called.
+        task_type: What PEFT calls the kind of task.
     """
-    encoder = packed.base_model.named_modules()
-    targets = [name for name, module in encoder if isinstance(module, PackedLinear)]
-    return get_peft_model(packed, LoraConfig(task_type, target_modules=targets, r=rank, lora_alpha=2 * rank))
+    layers = [name for name, module in packed.base_model.named_modules() if isinstance(module, PackedLinear)]
+    beside = [name for name, child in packed.named_children() if child is not packed.base_model]
+    head = [name for name in beside if any(True for _ in packed.get_submodule(name).parameters())]  # no dropout
+    config = LoraConfig(task_type=task_type, target_modules=layers, modules_to_save=head, r=rank, lora_alpha=2 * rank)
+    return get_peft_model(packed, config)
 
 
 def load_adapter(packed: PreTrainedModel, folder: Path) -> PeftModel:

@@ -139,10 +139,10 @@ class TextJob(Job):
     """What the kinds of text have in common.
 
     Attributes:
-        adapter_task: What PEFT calls the kind of task.
+        adapter_task: What PEFT calls the kind of task; None for no class of its own.
     """
 
-    adapter_task: ClassVar[str]
+    adapter_task: ClassVar[str | None]
 
     def load(self, source: str | Path, **options: Any) -> Any:
         """A model in float32."""
