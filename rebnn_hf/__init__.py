@@ -1,6 +1,7 @@
 """1-bit Hugging Face encoders: resilient binarization (ReBNN), packed checkpoints, plain `from_pretrained`.
 
-Importing the package registers its checkpoint format with transformers.
+Importing the package registers its checkpoint format with transformers, and lets PEFT know of its layers, if and when
+PEFT is imported.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import importlib
 
 from .integrations import transformers as _registers_the_quantizer  # noqa: F401
+from .integrations.after_import import after_import
+
+after_import("peft", "rebnn_hf.integrations.peft")
 
 __version__ = "0.1.0"
 

@@ -121,6 +121,8 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
 def unpack(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a 1-bit model into a plain float one with weights `alpha * b`, in place, for export or merging.
 
+    Adapters of PEFT around its layers stay, and can be merged then.
+
     Args:
         model: packed or latent (whose latent values are lost: only their signs and scales remain).
 
@@ -298,7 +300,7 @@ def _require_transformers_model(model, verb: str) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{verb}() expects a transformers PreTrainedModel, got {type(model).__name__}; pass the model inside "
-            "the wrapper (for example accelerator.unwrap_model(model))."
+            "the wrapper (for example accelerator.unwrap_model(model), or peft_model.get_base_model())."
         )
 
 

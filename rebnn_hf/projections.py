@@ -36,7 +36,7 @@ class Projections:
         for module in model.modules():
             children = dict(module.named_children())
             for names in NAMES:
-                if all(isinstance(children.get(name), nn.Linear) for name in names):
+                if all(_is_linear(children.get(name)) for name in names):
                     self.attention.append(module)
                     self._projections.append([children[name] for name in names])
         if not self.attention:
@@ -116,6 +116,13 @@ def _matched(student: Projections, teacher: Projections) -> list[tuple[int, int]
         )
     layers = distillation.uniform_layer_map(len(student.outputs), len(teacher.outputs))[1:]
     return [(mine, theirs - 1) for mine, theirs in enumerate(layers)]
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer, by itself or inside the adapters of PEFT, whose output is then meant."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return isinstance(module, nn.Linear)
 
 
 def _keep_in(outputs: list[Tensor], which: int):

@@ -299,6 +299,8 @@ def _note(name: str, module: nn.Module, entries: list[_Entry], place: _Place) ->
 
 def _reason(name: str, module: nn.Module, place: _Place) -> str:
     """Why `binarize` left a module float: the switches of the config, or its list, decide."""
+    if any(part.startswith(("lora_", "ia3_")) for part in name.split(".")):
+        return "adapter"
     config, where = place.config, place.of(name, module)
     switches = {
         "word embeddings": ("word_embeddings", config.word_embeddings),

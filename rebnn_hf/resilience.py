@@ -192,8 +192,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         The handle: `statistics()`, `reconstruction_loss()`, `detach()`.
 
     Raises:
-        ValueError: no latent layer, a latent weight that the optimizer does not hold, sharded weights, or a rule that
-            is already attached to this optimizer.
+        ValueError: no trainable latent layer, a latent weight that the optimizer does not hold, sharded weights, or a
+            rule that is already attached to this optimizer.
 
     Example:
         >>> resilience = attach(optimizer, model)
@@ -207,10 +207,13 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         raise ValueError("a balance rule is already attached to this optimizer; call detach() on its handle first.")
     if isinstance(model, nn.DataParallel):
         raise ValueError("nn.DataParallel is not supported; use DistributedDataParallel (accelerate or torchrun).")
-    latent = {_plain_name(n): m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
-    latent = {name: module for name, module in latent.items() if module.weight.requires_grad}
+    every = {_plain_name(n): m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
+    latent = {name: module for name, module in every.items() if module.weight.requires_grad}
     if not latent:
-        raise ValueError("the model has no trainable latent layer; call rebnn_hf.binarize(model) first.")
+        frozen = "all are frozen, as under adapters, and frozen weights need no balance"
+        raise ValueError(
+            f"the model has no trainable latent layer: {frozen if every else 'call rebnn_hf.binarize(model) first'}."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, module in latent.items() if id(module.weight) not in held]
     if missing:

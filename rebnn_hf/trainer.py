@@ -135,7 +135,8 @@ class ReBNNTrainer(Trainer):
     """Trainer for models made by `rebnn_hf.binarize`.
 
     Args:
-        model: latent (or packed, with adapters).
+        model: latent; or a PEFT model on a latent or packed base, whose adapters then train. Frozen latent weights
+            stay what they are: the balance rule holds only those that train.
         args: default `ReBNNTrainingArguments()`.
         teacher: a float model, or the path or Hub name of one of the student's class; it is put into eval mode, frozen,
             placed like the student, and never saved. Without one, only the task's labels train.
@@ -309,9 +310,10 @@ class ReBNNTrainer(Trainer):
         return distillation.soft_cross_entropy(student, teacher, self.args.temperature, reduction)
 
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
+        student = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's wrapper loads adapters
         if isinstance(teacher, str | Path):
-            teacher = type(self.model).from_pretrained(teacher)
-        if teacher is self.model:
+            teacher = type(student).from_pretrained(teacher)
+        if teacher in (self.model, student):
             raise ValueError("the teacher is the student itself; pass a float copy made before binarize().")
         teacher = teacher.requires_grad_(False).eval()
         return self.accelerator.prepare_model(teacher.to(self.args.device), evaluation_mode=True)

@@ -6,8 +6,9 @@
     python recipes/glue.py --train_file train.csv --validation_file dev.csv
 
 Stages: fine-tune the float teacher, binarize a copy of it and distil the teacher into it, pack it into bits, reload the
-packed folder and evaluate that, write `results.json`, a model card and plots of oscillation and weights. Interrupted,
-the same command continues where it stopped; stages that are complete are not repeated.
+packed folder and evaluate that, with `--lora` train an adapter on it, write `results.json`, a model card and plots of
+oscillation and weights. Interrupted, the same command continues where it stopped; stages that are complete are not
+repeated.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def run_stages(job: Job) -> None:
     for stage in job.arguments.distillations():
         job.stage(stage.name, partial(distil_student, stage=stage))
     job.stage("packed", pack_student)
+    if job.arguments.adapter.lora is not None:
+        job.stage("adapter", train_adapter)
     report(job)
     PartialState().destroy_process_group()
 
@@ -188,26 +191,37 @@ def check_labels(teacher: PreTrainedModel, task: Task) -> None:
 def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
     """Binarizes a copy of the teacher, or the student of the stage before, and trains it to answer like its teacher."""
     options = job.arguments.student
+    rates = {"learning_rate": options.learning_rate, "num_train_epochs": options.epochs}
+    trained, record = distil(job, stage.name, stage, partial(build_student, job, stage), **rates)
+    save(job, job.auto_model.from_pretrained(trained.checkpoint), stage.name)
+    return record | trained_record([trained])
+
+
+def distil(
+    job: Job, name: str, stage: Distillation, build: Callable[[], PreTrainedModel], **rates: float
+) -> tuple[Trained, dict[str, Any]]:
+    """Trains what `build` makes with the losses and the teacher of a stage, in the folder of that name.
+
+    Returns:
+        The training, and what to record about the data.
+    """
     arguments = training_arguments(
         partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments,
         job,
-        stage.name,
-        learning_rate=options.learning_rate,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
+        name,
+        max_steps=job.arguments.student.max_steps,
         seed=job.arguments.run.seed,
         log_oscillation="layer",
         plot_oscillation=False,  # the report draws it, also after an interruption
+        **rates,
         **job.arguments.losses(),
     )
     train_dataset, record = student_tokens(job)
     inputs = trainer_inputs(job) | {"train_dataset": train_dataset}
     set_seed(job.arguments.run.seed)
-    model = build_student(job, stage)
+    model = build()
     trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **inputs)
-    trained = train_logged(job, trainer, stage.name)
-    save(job, job.auto_model.from_pretrained(trained.checkpoint), stage.name)
-    return record | trained_record([trained])
+    return train_logged(job, trainer, name), record
 
 
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:
@@ -301,7 +315,33 @@ def check_equal(latent: Logits, packed: Logits, dtype: torch.dtype) -> None:
         )
 
 
-# Stage 4: the report
+# Stage 4: an adapter on the packed model
+
+
+def train_adapter(job: Job) -> dict[str, Any]:
+    """Trains a LoRA adapter beside the bits, reloads both as a user would, and scores them together."""
+    from glue_adapter import add_adapter, count_parameters, load_adapter  # the only stage that needs PEFT
+
+    options, folder = job.arguments.adapter, job.run.folder("adapter")
+    packed = job.run.folder("packed")
+
+    def build() -> PreTrainedModel:
+        return add_adapter(job.load(packed), options.lora, job.adapter_task)
+
+    rates = {"learning_rate": options.lora_learning_rate, "num_train_epochs": options.lora_epochs}
+    trained, record = distil(job, "adapter", job.arguments.distillations()[-1], build, **rates)
+    save(job, load_adapter(job.load(packed), trained.checkpoint), "adapter")
+    adapted = load_adapter(job.auto_model.from_pretrained(packed), folder)
+    return {
+        **record,
+        **trained_record([trained]),
+        "scores": job.score(job.validate(adapted)),
+        "rank": options.lora,
+        "parameters": count_parameters(folder),
+    }
+
+
+# Stage 5: the report
 
 
 def report(job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import HelpFormatter
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -206,6 +207,34 @@ class BinaryArguments:
 
 
 @dataclass
+class AdapterArguments:
+    """A LoRA adapter on the packed model, trained with the data, losses and teacher of the student."""
+
+    _argument_group_name = "adapter"
+
+    lora: int | None = option(
+        "train a LoRA adapter of this rank on the packed model, 8 where no number follows; needs PEFT",
+        nargs="?",
+        const=8,
+        metavar="RANK",
+    )
+    lora_learning_rate: float = option("of the adapter", default=1e-3)
+    lora_epochs: float | None = option("of the adapter, where --max_steps does not count; default: the student's")
+
+    def check(self) -> None:
+        """Raises a ValueError where options are wrong, or PEFT is missing."""
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be greater than 0")
+        if self.lora is not None and find_spec("peft") is None:
+            raise ValueError("--lora needs PEFT: pip install 'rebnn_hf[peft]'")
+
+    def settings(self) -> dict[str, Any]:
+        """The options as settings of a stage; none where there is no adapter."""
+        return {} if self.lora is None else asdict(self)
+
+
+@dataclass
 class RunArguments:
     """Where and how everything runs."""
 
@@ -248,6 +277,7 @@ class Arguments:
     student: StudentArguments
     augmentation: AugmentationArguments
     binary: BinaryArguments
+    adapter: AdapterArguments
     run: RunArguments
 
     def check(self) -> None:
@@ -261,6 +291,7 @@ class Arguments:
             name = f"--preset {self.binary.preset}" if self.binary.preset else "--ties released"
             raise ValueError(f"{name} trains but cannot be packed: use ReBNNTrainer itself, or --ties up")
         self.augmentation.check()
+        self.adapter.check()
         self._check_numbers()
 
     def _check_stages(self) -> None:
@@ -317,6 +348,8 @@ class Arguments:
         for group, name, default in defaults:
             if getattr(group, name) is None:
                 setattr(group, name, default)
+        if self.adapter.lora_epochs is None:
+            self.adapter.lora_epochs = student.epochs
         if student.activation_learning_rate is None:
             student.activation_learning_rate = 10 * student.learning_rate
         if task.name != "demo" and teacher.model_name_or_path is None:  # the demo's model is trained from scratch
@@ -324,9 +357,9 @@ class Arguments:
 
     def to_dict(self) -> dict[str, Any]:
         """All options with the values in use."""
-        augmentation = asdict(self.augmentation)
+        augmentation, adapter = asdict(self.augmentation), asdict(self.adapter)
         student = self.student_settings("latent")
-        groups = (asdict(self.data), asdict(self.teacher), student, augmentation, asdict(self.run))
+        groups = (asdict(self.data), asdict(self.teacher), student, augmentation, adapter, asdict(self.run))
         return {name: value for group in groups for name, value in group.items()}
 
     def student_settings(self, stage: str) -> dict[str, Any]:
@@ -367,6 +400,7 @@ class Arguments:
                 for stage in self.distillations()
             },
             "packed": {"packed_dtype": self.run.packed_dtype, **self.data.scoring()},
+            "adapter": self.adapter.settings(),
         }
 
     def packed_dtype(self) -> torch.dtype:
@@ -386,6 +420,7 @@ def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -
         StudentArguments,
         AugmentationArguments,
         BinaryArguments,
+        AdapterArguments,
         RunArguments,
     )
     return parse_groups(Arguments, groups, argv)

@@ -136,7 +136,13 @@ class Job(ABC):
 
 
 class TextJob(Job):
-    """What the kinds of text have in common."""
+    """What the kinds of text have in common.
+
+    Attributes:
+        adapter_task: What PEFT calls the kind of task; None for no class of its own.
+    """
+
+    adapter_task: ClassVar[str | None]
 
     def load(self, source: str | Path, **options: Any) -> Any:
         """A model in float32."""
@@ -185,6 +191,7 @@ class GlueJob(TextJob):
     script = "recipes/glue.py"
     auto_model = AutoModelForSequenceClassification
     pipeline_tag = "text-classification"
+    adapter_task = "SEQ_CLS"
     usage = """\
 from transformers import pipeline
 
@@ -273,11 +280,10 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     if task.name == "demo":
         torch.set_num_threads(1)  # its model is too small to gain from a second one, and loses where cores are shared
     tokenizer = kind.load_tokenizer(arguments, data)
-    stages = ("teacher", *(stage.name for stage in arguments.distillations()), "packed")
-    run = RunFolder(arguments.run.output_dir, stages)
+    settings = arguments.stage_settings(kind.digest(data))
+    run = RunFolder(arguments.run.output_dir, tuple(settings))
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
-    settings = arguments.stage_settings(kind.digest(data))
     run.check(settings, arguments.run.overwrite)
     process.wait_for_everyone()  # all have looked before the main process writes
     if process.is_main_process:

@@ -18,7 +18,7 @@ import transformers
 from glue_grammar import bag_of_words_accuracy
 from glue_stages import read_json, write_json
 from glue_training import STATE_FILE
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rebnn_hf
 from rebnn_hf import model_card, plot_latent_weights, plot_oscillation
@@ -37,13 +37,15 @@ def write_report(job: Job) -> None:
     plot_oscillation(log, root / "oscillation.png")
     plot_latent_weights(job.load(job.run.folder("latent")), root / "weights.png")
     card(job, results).save(packed / "README.md")
+    if "adapter" in results:
+        adapter_card(job, results).save(job.run.folder("adapter") / "README.md")
     write_json(job.run.results_file, results)
 
 
 def collect(job: Job) -> dict[str, Any]:
     """The results of a run whose stages are complete."""
-    records = {stage: job.run.record(stage) for stage in job.run.stages}
-    folders = {stage: job.run.folder(stage) for stage in job.run.stages} | {"teacher": job.teacher_folder}
+    records = job.run.records()
+    folders = {stage: job.run.folder(stage) for stage in records} | {"teacher": job.teacher_folder}
     sizes = {stage: model_bytes(folder) for stage, folder in folders.items()}
     results = {
         "task": job.task.name,
@@ -68,6 +70,8 @@ def collect(job: Job) -> dict[str, Any]:
     rescored = "teacher" in records["packed"]["scores"]  # by other options than its runs, whose weights are gone
     if "run_scores" in records["teacher"] and not rescored:
         results["teacher_run_scores"] = records["teacher"]["run_scores"]
+    if "adapter" in records:
+        results["adapter"] = {name: records["adapter"][name] for name in ("rank", "parameters")}
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
@@ -153,12 +157,17 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The table and, where the teacher is an average, the scores of what it is the average of."""
-    table, runs = summary_table(results), results.get("teacher_run_scores")
-    if runs is None:
-        return table
-    scores = (f"{metric} {', '.join(f'{run[metric]:.4f}' for run in runs)}" for metric in runs[0])
-    return f"{table}\n\nThe teacher is the average of {len(runs)} fine-tunings: {'; '.join(scores)}."
+    """The table and, where there are any, what there is to know of its adapter and its average of teachers."""
+    parts = [summary_table(results)]
+    if "adapter" in results:
+        rank, parameters = results["adapter"]["rank"], results["adapter"]["parameters"]
+        size = results["bytes"]["adapter"] / MEGABYTE
+        parts.append(f"The adapter is LoRA of rank {rank}: {parameters:,} trained parameters, {size:.2f} MB.")
+    runs = results.get("teacher_run_scores")
+    if runs is not None:
+        scores = (f"{metric} {', '.join(f'{run[metric]:.4f}' for run in runs)}" for metric in runs[0])
+        parts.append(f"The teacher is the average of {len(runs)} fine-tunings: {'; '.join(scores)}.")
+    return "\n\n".join(parts)
 
 
 def summary_table(results: dict[str, Any]) -> str:
@@ -167,9 +176,11 @@ def summary_table(results: dict[str, Any]) -> str:
     metrics = list(scores["packed"])
     rows = [["model", *metrics, "MB on disk", "smaller by"]]
     for model in (name for name in ("bag_of_words", *sizes) if name in scores):
-        size = sizes.get(model)
+        name, size = model, sizes.get(model)
+        if model == "adapter":  # it answers together with its base
+            name, size = "packed + adapter", sizes["packed"] + size
         sized = [f"{size / MEGABYTE:.2f}", f"{sizes['teacher'] / size:.1f}x"] if size else ["", ""]
-        rows.append([model, *(f"{scores[model][metric]:.4f}" for metric in metrics), *sized])
+        rows.append([name, *(f"{scores[model][metric]:.4f}" for metric in metrics), *sized])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rows.insert(1, ["-" * width for width in widths])
     lines = (
@@ -211,6 +222,40 @@ On the validation split ({results["examples"]["validation"]} examples), from one
 packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
 most {results["max_logit_difference"]:.1g}. It ran on {hardware["accelerator"] or hardware["cpu"]} with torch
 {versions["torch"]}, transformers {versions["transformers"]} and rebnn_hf {versions["rebnn_hf"]}."""
+
+
+def adapter_card(job: Job, results: dict[str, Any]) -> ModelCard:
+    """The card of the adapter's folder."""
+    metadata = ModelCardData(base_model=job.model_name, library_name="peft", tags=["lora", "rebnn"])
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# An adapter for {job.model_name}
+
+Trained on the packed 1-bit model with the data, losses and teacher it was distilled with. The bits are unchanged: the
+adapter belongs beside them, and is not to be merged.
+
+```python
+import rebnn_hf
+from peft import PeftModel
+from transformers import {job.auto_model.__name__}
+
+model = {job.auto_model.__name__}.from_pretrained("path/to/packed")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+## Measured
+
+{summary(results)}
+
+On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}, made
+by
+
+```
+{results["command"]}
+```
+""")
 
 
 def eval_results(job: Job, scores: dict[str, float]) -> list[EvalResult]:

@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any | None:
 
 
 class RunFolder:
-    """Folder with one sub-folder per stage (`teacher`, ..., `latent`, `packed`), each holding the model of that name.
+    """Folder with one sub-folder per stage (`teacher`, ..., `packed`, `adapter`), each holding the model of that name.
 
     `stages/<stage>.json` is written when everything of the stage is on disk and stands for its completion;
     `settings.json` holds the settings the folder was begun with; `results.json` exists when all is done.
@@ -53,6 +53,10 @@ class RunFolder:
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage recorded; None while it is incomplete."""
         return read_json(self._record_file(stage))
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What the complete stages recorded."""
+        return {stage: record for stage in self.stages if (record := self.record(stage)) is not None}
 
     def complete(self, stage: str, record: dict[str, Any]) -> None:
         """Marks a stage as complete. Everything it leaves behind must be on disk by now."""

@@ -86,6 +86,7 @@ class SquadJob(TextJob):
     script = "recipes/squad.py"
     auto_model = AutoModelForQuestionAnswering
     pipeline_tag = "question-answering"
+    adapter_task = None  # PEFT's class for question answering drops the token types, which tell question from context
     usage = """\
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 

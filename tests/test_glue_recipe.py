@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from huggingface_hub import ModelCard
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 from transformers import (
@@ -441,6 +442,116 @@ def test_interrupted_fine_tunings_continue_to_the_same_average(soup, tmp_path, m
     ]
 
 
+# ------------------------------------------------------------------------------------------- an adapter on the bits
+
+LORA = ["--lora", "4", "--lora_learning_rate", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def adapted(finished, tmp_path_factory) -> SimpleNamespace:
+    """The complete run, continued by an adapter."""
+    folder = Path(shutil.copytree(finished.folder, tmp_path_factory.mktemp("adapted") / "run"))
+    before = stamps(folder)
+    rerun(folder, *SMALL, *LORA)
+    return SimpleNamespace(folder=folder, before=before, results=read_json(folder / "results.json"))
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_an_adapter_is_added_to_a_finished_run(finished, adapted):
+    after = stamps(adapted.folder)
+    changed = {name for name in adapted.before if after[name] != adapted.before[name]}
+    assert changed == {"settings.json", "results.json", "oscillation.png", "weights.png", "packed/README.md"}
+    results, tensors = adapted.results, adapter_weights(adapted.folder)
+    assert results["bytes"]["adapter"] == (adapted.folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert results["adapter"] == {"rank": 4, "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    assert results["steps"]["adapter"] == STEPS and results["seconds"]["adapter"] > 0
+    assert {stage: results["scores"][stage] for stage in STAGES} == {
+        stage: finished.results["scores"][stage] for stage in STAGES
+    }
+    losses = losses_of(adapted.folder / "adapter")
+    assert losses[-1] < losses[0], "by the losses of the student"
+    assert not list(adapted.folder.rglob("checkpoint-*"))
+
+
+def test_the_adapter_scores_what_it_scores_on_the_packed_folder(adapted):
+    folder = adapted.folder
+    rows, tokenizer = demo_dataset()["validation"][:EVALUATED], AutoTokenizer.from_pretrained(folder / "adapter")
+    inputs = tokenizer(rows["sentence1"], padding=True, return_tensors="pt")
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "packed")
+    with torch.no_grad():
+        plain = base(**inputs).logits
+        logits = PeftModel.from_pretrained(base, folder / "adapter")(**inputs).logits
+        again = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter")(**inputs).logits
+    right = (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+    assert adapted.results["scores"]["adapter"]["accuracy"] == pytest.approx(right)
+    assert torch.equal(logits, again) and (logits - plain).abs().max() > 1e-4
+
+
+def test_an_adapter_is_reported_with_its_base(adapted, capsys):
+    results = adapted.results
+    before = stamps(adapted.folder)
+    rerun(adapted.folder, *SMALL, *LORA)
+    assert {name for name, stamp in stamps(adapted.folder).items() if stamp != before.get(name)} == {"settings.json"}
+    output = capsys.readouterr().out
+    assert output.count("already complete") == 4
+    together = (results["bytes"]["packed"] + results["bytes"]["adapter"]) / 1e6
+    row = f"| packed + adapter | {results['scores']['adapter']['accuracy']:.4f}"
+    numbers = f"LoRA of rank 4: {results['adapter']['parameters']:,} trained parameters"
+    cards = [(adapted.folder / stage / "README.md").read_text() for stage in ("packed", "adapter")]
+    for text in (output, *cards):
+        line = next(line for line in text.splitlines() if line.startswith(row))
+        assert f"{together:.2f}" in line and numbers in text
+    card = ModelCard.load(adapted.folder / "adapter" / "README.md")
+    assert card.data.library_name == "peft" and results["command"] in card.text
+
+
+def test_another_adapter_is_refused_by_name_and_redone_alone(adapted, tmp_path):
+    before = stamps(adapted.folder)
+    for options, change in (([], "lora: 4 -> None"), (["--lora", "2", *LORA[2:]], "lora: 4 -> 2")):
+        with pytest.raises(SystemExit, match=change):
+            rerun(adapted.folder, *SMALL, *options)
+    assert stamps(adapted.folder) == before
+    folder = Path(shutil.copytree(adapted.folder, tmp_path / "copy"))
+    kept = {name: stamp for name, stamp in stamps(folder).items() if name.split("/")[0] in STAGES}
+    rerun(folder, *SMALL, "--overwrite")
+    assert not (folder / "adapter").exists() and "adapter" not in read_json(folder / "results.json")["scores"]
+    after = stamps(folder)
+    assert [name for name in kept if after[name] != kept[name]] == ["packed/README.md"]
+
+
+def test_an_interrupted_adapter_continues_to_the_same_weights(adapted, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(adapted.folder, tmp_path / "copy"))
+    shutil.rmtree(folder / "adapter")
+    (folder / "stages" / "adapter.json").unlink()
+    (folder / "results.json").unlink()
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == STEPS // 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CompactProgress, "on_log", interrupt)
+        rerun(folder, *SMALL, *LORA)
+    assert newest_checkpoint(folder / "adapter") is not None
+    rerun(folder, *SMALL, *LORA)
+    assert_equal(adapter_weights(folder), adapter_weights(adapted.folder))
+    assert read_json(folder / "results.json")["scores"] == adapted.results["scores"]
+
+
+def test_an_adapter_on_a_fully_binary_base_in_half_precision(finished, tmp_path):
+    """With the losses of BiBERT, which look at queries, keys and values inside the adapters."""
+    options = [*custom_files(tmp_path), "--teacher", str(finished.folder / "teacher"), "--max_steps", "2", "--lora"]
+    options += ["--preset", "rebnn-bibert-w1a1", "--packed_dtype", "float16", "--augment", "1"]
+    rerun(tmp_path / "run", *options)
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["adapter"]["rank"] == 8 and results["steps"] == {"latent": 2, "adapter": 2}
+    log = read_json(tmp_path / "run" / "adapter" / STATE_FILE)["log_history"]
+    assert "loss_relations" in log[0] and not any("flip" in name for name in log[0])
+
+
 # ------------------------------------------------------------------------------------------------- data and mistakes
 
 
@@ -618,6 +729,8 @@ def test_teacher_for_other_labels_is_refused(finished):
         (["--save_steps", "0"], "--save_steps 0 must be greater than 0"),
         (["--hidden_weight", "-1"], "--hidden_weight -1.0 must not be negative"),
         (["--warm_up", "1"], "is a share of the steps"),
+        (["--lora", "0"], "--lora 0 must be greater than 0"),
+        (["--lora", "--lora_epochs", "-1"], "--lora_epochs -1.0 must be greater than 0"),
     ],
 )
 def test_wrong_options_are_explained(options, complaint, capsys):
@@ -647,6 +760,13 @@ def test_options_left_out_take_the_defaults_of_the_task():
     assert arguments.student.activation_learning_rate == 10 * task.student_learning_rate
 
 
+def test_an_adapter_takes_rank_8_and_the_epochs_of_the_student():
+    arguments = parse_arguments(["--task", "cola", "--epochs", "3", "--lora"])
+    arguments.fill_in(get_task("cola"))
+    assert (arguments.adapter.lora, arguments.adapter.lora_epochs) == (8, 3)
+    assert parse_arguments(["--task", "cola"]).stage_settings("")["adapter"] == {}
+
+
 def test_a_preset_sets_method_and_losses_and_options_override_it():
     arguments = parse_arguments(["--preset", "bibert", "--balance_rule", "flip_maxgrad", "--label_weight", "0.25"])
     config = arguments.binary.config()
@@ -668,7 +788,7 @@ def test_stages_are_named_in_order_and_each_has_the_method_of_its_preset():
     ]
     arguments.fill_in(get_task("rte"))
     bits = [settings.get("activation_bits") for settings in arguments.stage_settings("").values()]
-    assert bits == [None, 4, 2, 1, None]
+    assert bits == [None, 4, 2, 1, None, None], "nor do the packed model and its adapter train any"
 
 
 def test_packed_model_that_answers_differently_is_not_reported():

@@ -21,6 +21,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -491,6 +492,21 @@ def test_an_average_of_teachers_and_the_scores_of_its_fine_tunings(finished, tmp
     rerun(tmp_path, finished, *options, "--max_answer_length", "1", "--overwrite")
     results = read_json(tmp_path / "results.json")
     assert "teacher_run_scores" not in results, "those with longer answers do not compare"
+
+
+def test_an_adapter_on_the_packed_model(finished, copied, rows):
+    before = (copied / "packed" / "model.safetensors").read_bytes()
+    rerun(copied, finished, "--lora", "2", "--lora_learning_rate", "1e-4")
+    log = read_json(copied / "adapter" / "trainer_state.json")["log_history"]
+    assert log[0]["loss"] < 0.01, "it starts where the student ended: with the token types"
+    results = read_json(copied / "results.json")
+    assert (copied / "packed" / "model.safetensors").read_bytes() == before
+    assert results["adapter"]["rank"] == 2 and results["scores"]["adapter"]["f1"] > 70
+    assert results["scores"]["packed"] == finished.results["scores"]["packed"]
+    base = AutoModelForQuestionAnswering.from_pretrained(copied / "packed")
+    model = PeftModel.from_pretrained(base, copied / "adapter")
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert len(adapted) == 12 and not any("qa_outputs" in name for name in adapted), "the head trains by itself"
 
 
 # ---------------------------------------------------------------------------------------------------------- mistakes
