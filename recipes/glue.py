@@ -187,19 +187,7 @@ def check_labels(teacher: PreTrainedModel, task: Task) -> None:
 
 def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
     """Binarizes a copy of the teacher, or the student of the stage before, and trains it to answer like its teacher."""
-    options = job.arguments.student
-    arguments = training_arguments(
-        partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments,
-        job,
-        stage.name,
-        learning_rate=options.learning_rate,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        seed=job.arguments.run.seed,
-        log_oscillation="layer",
-        plot_oscillation=False,  # the report draws it, also after an interruption
-        **job.arguments.losses(),
-    )
+    arguments = student_arguments(job, stage)
     train_dataset, record = student_tokens(job)
     inputs = trainer_inputs(job) | {"train_dataset": train_dataset}
     set_seed(job.arguments.run.seed)
@@ -208,6 +196,23 @@ def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
     trained = train_logged(job, trainer, stage.name)
     save(job, job.auto_model.from_pretrained(trained.checkpoint), stage.name)
     return record | trained_record([trained])
+
+
+def student_arguments(job: Job, stage: Distillation, **specific: Any) -> ReBNNTrainingArguments:
+    """The arguments of a distillation; `specific` ones have the last word."""
+    options = job.arguments.student
+    chosen = {
+        "learning_rate": options.learning_rate,
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps,
+        "seed": job.arguments.run.seed,
+        "log_oscillation": "layer",
+        "plot_oscillation": False,  # the report draws it, also after an interruption
+        **job.arguments.losses(),
+        **specific,
+    }
+    kind = partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments
+    return training_arguments(kind, job, stage.name, **chosen)
 
 
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:

@@ -68,6 +68,8 @@ def collect(job: Job) -> dict[str, Any]:
     rescored = "teacher" in records["packed"]["scores"]  # by other options than its runs, whose weights are gone
     if "run_scores" in records["teacher"] and not rescored:
         results["teacher_run_scores"] = records["teacher"]["run_scores"]
+    if "embeddings_per_second" in records["packed"]:
+        results["embeddings_per_second"] = records["packed"]["embeddings_per_second"]
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
@@ -149,7 +151,7 @@ def print_summary(results: dict[str, Any]) -> None:
     print("\n" + summary(results))
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
-    print(f"packed and latent logits differ by at most {results['max_logit_difference']:.2g}")
+    print(f"outputs of packed and latent model differ by at most {results['max_logit_difference']:.2g}")
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -210,7 +212,7 @@ import rebnn_hf  # lets transformers read 1-bit checkpoints
 {summary(results)}
 
 On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}. The
-packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
+packed model was scored after reloading this folder; its outputs differ from those of the trained (latent) model by at
 most {results["max_logit_difference"]:.1g}. Made by
 
 ```
@@ -244,7 +246,7 @@ def card_metadata(job: Job, results: dict[str, Any]) -> ModelCardData:
         datasets=[task.hub_dataset] if task.hub_dataset else None,
         eval_results=scores,
         language=task.language,
-        library_name="transformers",
+        library_name=job.library_name,
         metrics=list(task.metrics),
         model_name=job.model_name,
         pipeline_tag=job.pipeline_tag,
