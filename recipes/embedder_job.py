@@ -1,0 +1,152 @@
+"""A run of `embedder.py`: its sentences, its embedders, and what their embeddings are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import sentence_transformers
+import torch
+from datasets import DatasetDict
+from embedder_arguments import EmbedderArguments
+from embedder_data import EmbedderTask, load_data
+from glue_job import Logits, TextJob, first, load_pretrained, tokenize
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rebnn_hf.timing import Contender, interleave, quartiles
+
+PAIR = ("sentence1", "sentence2")
+BATCH = 32  # sentences embedded together
+TIMED = 256  # sentences that the speed is measured on
+ROUNDS = 3
+
+
+class EmbedderJob(TextJob):
+    """Sentences whose embeddings follow those of a float embedder.
+
+    What is trained is the transformer alone; an embedder is that with the modules behind it, which stay the teacher's.
+    """
+
+    script = "recipes/embedder.py"
+    auto_model = AutoModel
+    pipeline_tag = "sentence-similarity"
+    library_name = "sentence-transformers"
+    libraries = (sentence_transformers,)
+    usage = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+embeddings = model.encode(["A man is playing a flute.", "Someone plays an instrument."])
+print(model.similarity(embeddings, embeddings))"""
+
+    arguments: EmbedderArguments
+    task: EmbedderTask
+
+    @staticmethod
+    def load_data(arguments: EmbedderArguments) -> tuple[EmbedderTask, DatasetDict]:
+        """The sentences to learn from, and the pairs to be judged by."""
+        options = arguments.data
+        try:
+            data = load_data(options.tasks, options.data_dir, options.train_file)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"{error}") from None
+        limits = {"train": options.max_train_samples, "validation": options.max_eval_samples}
+        return EmbedderTask(), DatasetDict({name: first(split, limits[name]) for name, split in data.items()})
+
+    @staticmethod
+    def load_tokenizer(arguments: EmbedderArguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+        """The tokenizer of the teacher."""
+        return load_pretrained(AutoTokenizer.from_pretrained, arguments.teacher.source)
+
+    @cached_property
+    def tokens(self) -> DatasetDict:
+        """The training sentences as token ids."""
+        return self.tokenized(DatasetDict(train=self.data["train"]))
+
+    def tokenized(self, data: DatasetDict) -> DatasetDict:
+        """Sentences as token ids; made once, by the main process, and read from the cache by the others."""
+        columns = list(self.task.sentence_columns)
+        length = min(self.arguments.data.max_length, self.tokenizer.model_max_length)
+        options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": length}
+        with self.process.main_process_first():
+            return data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
+
+    # The embedders
+
+    def load_embedder(self, source: str | Path) -> SentenceTransformer:
+        """A whole embedder as its users load it.
+
+        Raises:
+            SystemExit: If its embeddings do not begin with a transformer.
+        """
+        embedder = load_pretrained(partial(SentenceTransformer, device=str(self.process.device)), str(source))
+        if not isinstance(embedder[0], Transformer):
+            raise SystemExit(
+                f"--teacher {self.arguments.teacher.source} begins with a {type(embedder[0]).__name__}: pass an "
+                "embedder that begins with a transformer, which is what becomes 1-bit."
+            )
+        return embedder
+
+    def embedder(self, transformer: PreTrainedModel) -> SentenceTransformer:
+        """The teacher with another transformer in it."""
+        embedder = self.load_embedder(self.teacher_folder)
+        embedder[0].model = transformer
+        return embedder
+
+    def pooling(self) -> nn.Sequential:
+        """What turns the states of tokens into the embedding of a sentence: the modules behind the transformer."""
+        return nn.Sequential(*list(self.load_embedder(self.teacher_folder))[1:]).requires_grad_(False).eval()
+
+    def validate(self, model: SentenceTransformer) -> Logits:
+        """The embeddings of both sentences of all validation pairs."""
+        return {column: model.encode(list(self.data["validation"][column]), batch_size=BATCH) for column in PAIR}
+
+    def score(self, logits: Logits) -> dict[str, float]:
+        """How the similarities of embeddings go with those that people gave."""
+        evaluator = KnownEmbeddings(*(logits[column] for column in PAIR), list(self.data["validation"]["label"]))
+        scores = evaluator(None)
+        return {name: float(scores[name]) for name in self.task.metrics}
+
+    def speed(self, models: dict[str, SentenceTransformer]) -> dict[str, float]:
+        """Sentences per second of each model, side by side in one run."""
+        sentences = list(self.data["validation"]["sentence1"])[:TIMED]
+        contenders = [
+            Contender(name, partial(model.encode, sentences, batch_size=BATCH)) for name, model in models.items()
+        ]
+        times = interleave(contenders, ROUNDS)
+        return {name: len(sentences) / quartiles(seconds)[1] for name, seconds in times.items()}
+
+    # What the model card says
+
+    @property
+    def title(self) -> str:
+        """The embedder."""
+        return f"{self.origin} with 1-bit weights"
+
+    @property
+    def model_name(self) -> str:
+        """The same in short."""
+        return f"{Path(self.origin).name}-1bit"
+
+
+class KnownEmbeddings(EmbeddingSimilarityEvaluator):
+    """Judges embeddings that were made before, by the cosine.
+
+    Args:
+        first: Embeddings [N, D] of the first sentences.
+        second: Of the second ones.
+        labels: How similar people find the two.
+    """
+
+    def __init__(self, first: np.ndarray, second: np.ndarray, labels: Sequence[float]):
+        super().__init__(first, second, labels, main_similarity="cosine", write_csv=False)
+
+    def embed_inputs(self, model: None, sentences: np.ndarray, **kwargs) -> torch.Tensor:
+        """The embeddings, which stand in the place of sentences."""
+        return torch.as_tensor(sentences)
