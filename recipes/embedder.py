@@ -62,7 +62,7 @@ def run_stages(job: EmbedderJob) -> None:
 
 def score_teacher(job: EmbedderJob) -> dict[str, Any]:
     """Scores the float embedder."""
-    return {"scores": job.score(job.validate(job.load_embedder(job.teacher_folder)))}
+    return {"scores": job.score(job.load_embedder(job.teacher_folder))}
 
 
 def distil_student(job: EmbedderJob, stage: Distillation) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def pack_student(job: EmbedderJob) -> dict[str, Any]:
     dtype = job.arguments.packed_dtype()
     student = job.load_embedder(job.run.folder("latent"))
     transformer = student[0].auto_model
+    scores = {"latent": job.score(student)}
     with use_backend("reference"):  # the engine rounds elsewhere, which few-bit activations may turn into other codes
         latent = job.validate(student)
         rebnn_hf.pack(transformer)
@@ -98,7 +99,7 @@ def pack_student(job: EmbedderJob) -> dict[str, Any]:
     check_equal(job.validate(student), embeddings, torch.float32)
     summary = rebnn_hf.summary(packed[0].auto_model)
     return {
-        "scores": {"latent": job.score(latent), "packed": job.score(embeddings)},
+        "scores": scores | {"packed": job.score(packed)},
         "max_logit_difference": largest_difference(latent, embeddings),
         "embeddings_per_second": job.speed({"teacher": job.load_embedder(job.teacher_folder), "packed": packed}),
         "size": summary.totals,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import sentence_transformers
-import torch
 from datasets import DatasetDict
 from embedder_arguments import EmbedderArguments
 from embedder_data import EmbedderTask, load_data
@@ -31,6 +28,7 @@ class EmbedderJob(TextJob):
     """Sentences whose embeddings follow those of a float embedder.
 
     What is trained is the transformer alone; an embedder is that with the modules behind it, which stay the teacher's.
+    Validated and scored are whole embedders, as their users have them.
     """
 
     script = "recipes/embedder.py"
@@ -107,10 +105,11 @@ print(model.similarity(embeddings, embeddings))"""
         """The embeddings of both sentences of all validation pairs."""
         return {column: model.encode(list(self.data["validation"][column]), batch_size=BATCH) for column in PAIR}
 
-    def score(self, logits: Logits) -> dict[str, float]:
-        """How the similarities of embeddings go with those that people gave."""
-        evaluator = KnownEmbeddings(*(logits[column] for column in PAIR), list(self.data["validation"]["label"]))
-        scores = evaluator(None)
+    def score(self, model: SentenceTransformer) -> dict[str, float]:
+        """How the cosines of embeddings go with the similarities that people gave: sentence-transformers' evaluator."""
+        first, second, labels = (list(self.data["validation"][column]) for column in (*PAIR, "label"))
+        options = {"batch_size": BATCH, "main_similarity": "cosine", "write_csv": False}
+        scores = EmbeddingSimilarityEvaluator(first, second, labels, **options)(model)
         return {name: float(scores[name]) for name in self.task.metrics}
 
     def speed(self, models: dict[str, SentenceTransformer]) -> dict[str, float]:
@@ -133,20 +132,3 @@ print(model.similarity(embeddings, embeddings))"""
     def model_name(self) -> str:
         """The same in short."""
         return f"{Path(self.origin).name}-1bit"
-
-
-class KnownEmbeddings(EmbeddingSimilarityEvaluator):
-    """Judges embeddings that were made before, by the cosine.
-
-    Args:
-        first: Embeddings [N, D] of the first sentences.
-        second: Of the second ones.
-        labels: How similar people find the two.
-    """
-
-    def __init__(self, first: np.ndarray, second: np.ndarray, labels: Sequence[float]):
-        super().__init__(first, second, labels, main_similarity="cosine", write_csv=False)
-
-    def embed_inputs(self, model: None, sentences: np.ndarray, **kwargs) -> torch.Tensor:
-        """The embeddings, which stand in the place of sentences."""
-        return torch.as_tensor(sentences)
