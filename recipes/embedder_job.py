@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rebnn_hf.timing import Contender, interleave, quartiles
 
@@ -59,8 +59,19 @@ print(model.similarity(embeddings, embeddings))"""
 
     @staticmethod
     def load_tokenizer(arguments: EmbedderArguments, data: DatasetDict) -> PreTrainedTokenizerBase:
-        """The tokenizer of the teacher."""
-        return load_pretrained(AutoTokenizer.from_pretrained, arguments.teacher.source)
+        """The tokenizer of the teacher, which knows how many tokens it reads.
+
+        Raises:
+            SystemExit: If there is no teacher, or it does not begin with a transformer.
+        """
+        source = arguments.teacher.source
+        embedder = load_pretrained(SentenceTransformer, source)
+        if not isinstance(embedder[0], Transformer):
+            raise SystemExit(
+                f"--teacher {source} begins with a {type(embedder[0]).__name__}: pass an embedder that begins with a "
+                "transformer, which is what becomes 1-bit."
+            )
+        return embedder.tokenizer
 
     @cached_property
     def tokens(self) -> DatasetDict:
@@ -77,19 +88,9 @@ print(model.similarity(embeddings, embeddings))"""
 
     # The embedders
 
-    def load_embedder(self, source: str | Path) -> SentenceTransformer:
-        """A whole embedder as its users load it.
-
-        Raises:
-            SystemExit: If its embeddings do not begin with a transformer.
-        """
-        embedder = load_pretrained(partial(SentenceTransformer, device=str(self.process.device)), str(source))
-        if not isinstance(embedder[0], Transformer):
-            raise SystemExit(
-                f"--teacher {self.arguments.teacher.source} begins with a {type(embedder[0]).__name__}: pass an "
-                "embedder that begins with a transformer, which is what becomes 1-bit."
-            )
-        return embedder
+    def load_embedder(self, folder: Path) -> SentenceTransformer:
+        """A whole embedder as its users load it."""
+        return SentenceTransformer(str(folder), device=str(self.process.device))
 
     def embedder(self, transformer: PreTrainedModel) -> SentenceTransformer:
         """The teacher with another transformer in it."""
