@@ -152,6 +152,9 @@ def print_summary(results: dict[str, Any]) -> None:
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
     print(f"outputs of packed and latent model differ by at most {results['max_logit_difference']:.2g}")
+    if "embeddings_per_second" in results:
+        rates = ", ".join(f"{model} {rate:.0f}" for model, rate in results["embeddings_per_second"].items())
+        print(f"embeddings per second, side by side: {rates}")
 
 
 def summary(results: dict[str, Any]) -> str:
