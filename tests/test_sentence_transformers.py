@@ -90,8 +90,9 @@ def test_saving_what_was_loaded_changes_nothing(folder, tmp_path):
     assert np.array_equal(again.encode(SENTENCES), loaded.encode(SENTENCES))
 
 
-def test_without_the_package_nothing_is_loaded(folder):
-    code = f"from sentence_transformers import SentenceTransformer; SentenceTransformer({folder!r})"
+def test_without_the_package_nothing_is_loaded(fused, tmp_path):
+    fused.save_pretrained(str(tmp_path))
+    code = f"from sentence_transformers import SentenceTransformer; SentenceTransformer({str(tmp_path)!r})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0 and "ignore_mismatched_sizes" in result.stderr, result.stderr
 
@@ -235,8 +236,7 @@ def test_the_balance_rule_works_in_its_trainer(latent, float_embedder, trained, 
     model, resilience, _ = trained
     statistics = resilience.statistics()
     assert len(statistics) == 12 and all(name.startswith("0.model.encoder.layer.") for name in statistics)
-    assert all(layer["balance_max"] > 0 for layer in statistics.values())
-    assert any(layer["flip_ratio"] > 0 for layer in statistics.values())
+    assert all(layer["flip_ratio"] > 0 for layer in statistics.values())
     free, _ = distilled(latent, float_embedder, tmp_path, balanced=False)
     weights = [m[0].auto_model.encoder.layer[1].output.dense.weight for m in (model, free)]
     assert not torch.equal(*weights), "the reconstruction gradient was added in one of the two"
