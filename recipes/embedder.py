@@ -93,6 +93,8 @@ def pack_student(job: EmbedderJob) -> dict[str, Any]:
         rebnn_hf.pack(transformer)
         check_equal(latent, job.validate(student), torch.float32)
     rebnn_hf.pack(transformer, dtype)
+    for behind in list(student)[1:]:
+        behind.to(dtype)
     save(job, student, "packed")
     packed = job.load_embedder(job.run.folder("packed"))
     embeddings = job.validate(packed)
