@@ -122,6 +122,24 @@ ENCODERS = {name: _BERT_ENCODER for name, layout in LAYOUTS.items() if layout is
 """Layout of the encoders by `model_type`: the fused encoder works on these."""
 
 
+def require_transformers_model(model: object, function: str) -> None:
+    """Refuse what only holds a transformers model, or none at all.
+
+    Args:
+        model: what was passed.
+        function: the name of what it was passed to, for the message.
+
+    Raises:
+        TypeError: not a transformers model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{function}() expects a transformers PreTrainedModel, got {type(model).__name__}; pass the model inside "
+            "the wrapper (model[0].auto_model of a SentenceTransformer, accelerator.unwrap_model(model) of DDP, "
+            "peft_model.get_base_model())."
+        )
+
+
 def encoder_of(model: PreTrainedModel) -> nn.Module | None:
     """The module that holds the blocks, None where `ENCODERS` does not know the architecture."""
     layout = ENCODERS.get(model.config.model_type)

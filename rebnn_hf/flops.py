@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, inner_convolutions, layout_of
+from .architecture import (
+    LAYOUTS,
+    base_relative,
+    block_prefixes,
+    blocks,
+    inner_convolutions,
+    layout_of,
+    require_transformers_model,
+)
 from .binarizers import Elastic, TokenInt8
 from .layers import LATENT_TYPES, PACKED_TYPES
 
@@ -117,8 +125,7 @@ def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224)
     Example:
         >>> print(rebnn_hf.operations(model, tokens=384))
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"operations() expects a transformers PreTrainedModel, got {type(model).__name__}.")
+    require_transformers_model(model, "operations")
     for name, value in (("tokens", tokens), ("image_size", image_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")

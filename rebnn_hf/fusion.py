@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from . import kernels
-from .architecture import ENCODERS, EncoderLayout, encoder_of
+from .architecture import ENCODERS, EncoderLayout, encoder_of, require_transformers_model
 from .attention import BoolAttention, ElasticAttention, recorded
 from .binarizers import engine_codes
 from .kernels.image import make_image
@@ -47,7 +47,11 @@ def fuse(model: PreTrainedModel, enabled: bool = True) -> str | None:
 
     Returns:
         None, or why this model cannot be fused; it then works as before.
+
+    Raises:
+        TypeError: not a transformers model.
     """
+    require_transformers_model(model, "fuse")
     encoder = encoder_of(model)
     if encoder is None:
         return f"{model.config.model_type!r} is not among {', '.join(ENCODERS)}."
@@ -64,7 +68,12 @@ def fuse(model: PreTrainedModel, enabled: bool = True) -> str | None:
 
 
 def is_fused(model: PreTrainedModel) -> bool:
-    """Whether calls of this model can go through the fused encoder."""
+    """Whether calls of this model can go through the fused encoder.
+
+    Raises:
+        TypeError: not a transformers model.
+    """
+    require_transformers_model(model, "is_fused")
     encoder = encoder_of(model)
     return encoder is not None and isinstance(encoder.__dict__.get("forward"), FusedForward)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import blocks, layout_of
+from .architecture import blocks, layout_of, require_transformers_model
 from .binarizers import Elastic
 from .config import ReBNNConfig
 from .functional import WeightRule
@@ -43,7 +43,7 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     call `rebnn_hf.calibrate(model, batch)`.
 
     Args:
-        model: a transformers model with floating point weights.
+        model: a transformers model with floating point weights; of a SentenceTransformer it is `model[0].auto_model`.
         config: default `ReBNNConfig()`; it is copied, and the copy saved as `model.config.quantization_config`.
 
     Returns:
@@ -59,7 +59,7 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
         >>> model = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-uncased")
         >>> rebnn_hf.binarize(model, ReBNNConfig(word_embeddings=True))
     """
-    _require_transformers_model(model, "binarize")
+    require_transformers_model(model, "binarize")
     saved = saved_config(model)
     if saved is not None:
         _require_same_method(saved, config)
@@ -100,7 +100,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
         ValueError: not a binarized model; values that are not finite or do not fit into `dtype`; scales of elastic
             activations that were never found from data; `ties="released"`, whose signs have three values.
     """
-    _require_transformers_model(model, "pack")
+    require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype} is not floating point; use torch.float32, torch.float16 or torch.bfloat16.")
     config = saved_config(model)
@@ -133,7 +133,7 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
         TypeError: not a transformers model.
         ValueError: activations or attention have few bits too: no float model computes the same.
     """
-    _require_transformers_model(model, "unpack")
+    require_transformers_model(model, "unpack")
     config = saved_config(model)
     if config is None:
         return model
@@ -180,7 +180,7 @@ def rebinarize(
         ValueError: not latent, the stages do not fit onto one another (`stage_conflict`), or 1-bit attention on an
             architecture that is not known. The model is as it was.
     """
-    _require_transformers_model(model, "rebinarize")
+    require_transformers_model(model, "rebinarize")
     saved = saved_config(model)
     _require_latent(saved)
     conflict = stage_conflict(saved, config)
@@ -224,7 +224,7 @@ def selected_modules(model: PreTrainedModel, config: ReBNNConfig | None = None) 
     Raises:
         TypeError, ValueError: as `binarize` would.
     """
-    _require_transformers_model(model, "selected_modules")
+    require_transformers_model(model, "selected_modules")
     config = config or ReBNNConfig()
     targets = select(model, config)
     check_targets(model, targets, config, on_meta=True)
@@ -294,14 +294,6 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
 
 
 # Checks
-
-
-def _require_transformers_model(model, verb: str) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"{verb}() expects a transformers PreTrainedModel, got {type(model).__name__}; pass the model inside "
-            "the wrapper (for example accelerator.unwrap_model(model), or peft_model.get_base_model())."
-        )
 
 
 def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None:

@@ -190,9 +190,7 @@ def check_labels(teacher: PreTrainedModel, task: Task) -> None:
 
 def distil_student(job: Job, stage: Distillation) -> dict[str, Any]:
     """Binarizes a copy of the teacher, or the student of the stage before, and trains it to answer like its teacher."""
-    options = job.arguments.student
-    rates = {"learning_rate": options.learning_rate, "num_train_epochs": options.epochs}
-    trained, record = distil(job, stage.name, stage, partial(build_student, job, stage), **rates)
+    trained, record = distil(job, stage.name, stage, partial(build_student, job, stage), **student_rates(job))
     save(job, job.auto_model.from_pretrained(trained.checkpoint), stage.name)
     return record | trained_record([trained])
 
@@ -205,23 +203,33 @@ def distil(
     Returns:
         The training, and what to record about the data.
     """
-    arguments = training_arguments(
-        partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments,
-        job,
-        name,
-        max_steps=job.arguments.student.max_steps,
-        seed=job.arguments.run.seed,
-        log_oscillation="layer",
-        plot_oscillation=False,  # the report draws it, also after an interruption
-        **rates,
-        **job.arguments.losses(),
-    )
+    arguments = student_arguments(job, stage, name, **rates)
     train_dataset, record = student_tokens(job)
     inputs = trainer_inputs(job) | {"train_dataset": train_dataset}
     set_seed(job.arguments.run.seed)
     model = build()
     trainer = DistillationTrainer(model=model, teacher=load_teacher(job, stage), args=arguments, **inputs)
     return train_logged(job, trainer, name), record
+
+
+def student_arguments(job: Job, stage: Distillation, name: str, **specific: Any) -> ReBNNTrainingArguments:
+    """The arguments of a distillation in the folder of that name; `specific` ones have the last word."""
+    chosen = {
+        "max_steps": job.arguments.student.max_steps,
+        "seed": job.arguments.run.seed,
+        "log_oscillation": "layer",
+        "plot_oscillation": False,  # the report draws it, also after an interruption
+        **job.arguments.losses(),
+        **specific,
+    }
+    kind = partial(ReBNNTrainingArguments.preset, stage.preset) if stage.preset else ReBNNTrainingArguments
+    return training_arguments(kind, job, name, **chosen)
+
+
+def student_rates(job: Job) -> dict[str, float]:
+    """How fast and how long the student learns."""
+    options = job.arguments.student
+    return {"learning_rate": options.learning_rate, "num_train_epochs": options.epochs}
 
 
 def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:

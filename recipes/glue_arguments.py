@@ -88,8 +88,8 @@ class TeacherArguments:
 
 
 @dataclass
-class StudentArguments:
-    """How the 1-bit student is distilled; without a default here, that of task, preset or `ReBNNTrainingArguments`."""
+class EncoderStudentArguments:
+    """How a 1-bit student is distilled; without a default here, that of task, preset or `ReBNNTrainingArguments`."""
 
     _argument_group_name = "student"
 
@@ -108,11 +108,6 @@ class StudentArguments:
     latent_weight_decay: float | None = option("weight decay of the latent weights")
     hidden_loss: Literal["relative_mse", "mse", "direction"] | None = option("distance between hidden states")
     hidden_weight: float | None = option("weight of the hidden-state loss")
-    logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = option("distance between logits")
-    logits_weight: float | None = option("weight of the logits loss")
-    logits_reduction: Literal["batch", "batch_class"] | None = option("mean of the soft cross-entropy")
-    temperature: float | None = option("of the logits loss")
-    label_weight: float | None = option("weight of the loss against the labels")
     relation_weight: float | None = option("weight of the query/key/value relation loss")
     attention_weight: float | None = option("weight of the attention-score loss")
     stage_teacher: Literal["float", "previous"] = option("teacher of the stages behind the first", default="float")
@@ -120,6 +115,17 @@ class StudentArguments:
         "weight scales of a later stage: those of the one before, or new", default="carry"
     )
     stage_activation_scales: Literal["carry", "reset"] = option("the same of its activations", default="reset")
+
+
+@dataclass
+class StudentArguments(EncoderStudentArguments):
+    """The same of a student that answers with logits, and may learn from labels too."""
+
+    logits_loss: Literal["kl", "soft_cross_entropy", "mse"] | None = option("distance between logits")
+    logits_weight: float | None = option("weight of the logits loss")
+    logits_reduction: Literal["batch", "batch_class"] | None = option("mean of the soft cross-entropy")
+    temperature: float | None = option("of the logits loss")
+    label_weight: float | None = option("weight of the loss against the labels")
 
 
 @dataclass
@@ -316,19 +322,17 @@ class Arguments:
     def _check_numbers(self) -> None:
         """What the Trainer would refuse only after the teacher has been trained."""
         student, run = self.student, self.run
-        positive = {name: getattr(student, name) for name in ("batch_size", "epochs", "temperature", "learning_rate")}
-        rates = ("latent_learning_rate", "scale_learning_rate", "activation_learning_rate")
-        positive |= {name: getattr(student, name) for name in rates}
+        options = asdict(student)
+        positive = {n: v for n, v in options.items() if n in ("batch_size", "epochs", "temperature")}
+        positive |= {name: value for name, value in options.items() if name.endswith("learning_rate")}
         positive |= {"save_steps": run.save_steps, "logging_steps": run.logging_steps}
         positive |= asdict(self.teacher, dict_factory=lambda items: {k: v for k, v in items if not isinstance(v, str)})
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise ValueError(f"--{name} {value} must be greater than 0")
-        weights = ("hidden_weight", "logits_weight", "label_weight", "relation_weight", "attention_weight")
-        weights += ("latent_weight_decay",)
-        for name in weights:
-            if (getattr(student, name) or 0) < 0:
-                raise ValueError(f"--{name} {getattr(student, name)} must not be negative")
+        for name, value in options.items():
+            if name.endswith(("_weight", "_weight_decay")) and (value or 0) < 0:
+                raise ValueError(f"--{name} {value} must not be negative")
         if not 0 <= student.warm_up < 1:
             raise ValueError(f"--warm_up {student.warm_up} is a share of the steps: at least 0 and less than 1")
 

@@ -46,6 +46,7 @@ class Job(ABC):
         script: The file that is run, as a reader of the results would type it.
         auto_model: The class that loads a model with the right head.
         pipeline_tag: What the Hub calls the kind of task.
+        library_name: What the Hub calls the library that loads the packed model.
         usage: Code that loads and uses the packed model, for its card.
         libraries: Modules a result depends on beside those of every recipe.
         tokenizer: None where the inputs are no texts.
@@ -54,6 +55,7 @@ class Job(ABC):
     script: ClassVar[str]
     auto_model: ClassVar[type]
     pipeline_tag: ClassVar[str]
+    library_name: ClassVar[str] = "transformers"
     usage: ClassVar[str]
     libraries: ClassVar[tuple[ModuleType, ...]] = ()
 

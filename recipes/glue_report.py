@@ -72,6 +72,8 @@ def collect(job: Job) -> dict[str, Any]:
         results["teacher_run_scores"] = records["teacher"]["run_scores"]
     if "adapter" in records:
         results["adapter"] = {name: records["adapter"][name] for name in ("rank", "parameters")}
+    if "embeddings_per_second" in records["packed"]:
+        results["embeddings_per_second"] = records["packed"]["embeddings_per_second"]
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
@@ -153,7 +155,10 @@ def print_summary(results: dict[str, Any]) -> None:
     print("\n" + summary(results))
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
-    print(f"packed and latent logits differ by at most {results['max_logit_difference']:.2g}")
+    print(f"outputs of packed and latent model differ by at most {results['max_logit_difference']:.2g}")
+    if "embeddings_per_second" in results:
+        rates = ", ".join(f"{model} {rate:.0f}" for model, rate in results["embeddings_per_second"].items())
+        print(f"embeddings per second, side by side: {rates}")
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -207,6 +212,7 @@ def card(job: Job, results: dict[str, Any]) -> ModelCard:
         base_model=job.origin,
         datasets=[task.hub_dataset] if task.hub_dataset else None,
         language=task.language,
+        library_name=job.library_name,
         metrics=list(task.metrics),
         model_name=job.model_name,
         pipeline_tag=job.pipeline_tag,
@@ -219,7 +225,7 @@ def measured(results: dict[str, Any]) -> str:
     return f"""{summary(results)}
 
 On the validation split ({results["examples"]["validation"]} examples), from one run with seed {results["seed"]}. The
-packed model was scored after reloading this folder; its logits differ from those of the trained (latent) model by at
+packed model was scored after reloading this folder; its outputs differ from those of the trained (latent) model by at
 most {results["max_logit_difference"]:.1g}. It ran on {hardware["accelerator"] or hardware["cpu"]} with torch
 {versions["torch"]}, transformers {versions["transformers"]} and rebnn_hf {versions["rebnn_hf"]}."""
 

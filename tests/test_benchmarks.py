@@ -182,6 +182,47 @@ def test_encoder_models_do_not_share_a_config():
     assert "Linear" in types and not types & {"BinaryLinear", "PackedLinear", "ElasticAttention"}
 
 
+@pytest.fixture
+def small_embedder(tmp_path):
+    """Folders of an embedder, and of sentences as STS-B hands them out."""
+    from embedders import SENTENCES, embedder  # here: sentence-transformers takes seconds to import
+
+    embedder(tmp_path / "transformer").save_pretrained(str(tmp_path / "whole"))
+    lines = ["index\tsentence1", *(f"{number}\t{sentence}" for number, sentence in enumerate(SENTENCES))]
+    (tmp_path / "dev.tsv").write_text("\n".join(lines))
+    return ["--embedder", str(tmp_path / "whole"), "--sentences", str(tmp_path / "dev.tsv")]
+
+
+@needs_engine
+def test_embedder(small_embedder, capsys):
+    benchmark = load("embedder")
+    rows = benchmark.main([*small_embedder, "--count", "6", "--batch", "1", "4", "--rounds", "2"])
+    names = ["W1A1", "W1A8 token", "W1A32", "torch fp32", "torch int8"]
+    names += [] if benchmark.missing_for_onnx() else ["ORT fp32", "ORT int8"]
+    assert [(r["batch"], r["contender"]) for r in rows] == [(batch, name) for batch in ("1", "4") for name in names]
+    for row in rows:
+        baseline = next(r for r in rows if r["batch"] == row["batch"] and r["contender"] == "torch fp32")
+        assert row["x torch fp32"] == pytest.approx(row["sentences/s"] / baseline["sentences/s"])
+        assert 0 < row["q1"] <= row["sentences/s"] <= row["q3"]
+    printed = capsys.readouterr().out
+    assert "6 sentences of 12.3 tokens on average" in printed
+    assert "W1A1\n12 layer(s) in one call of the engine" in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
+def test_embedder_contenders_give_the_same_embeddings(small_embedder, tmp_path):
+    benchmark = load("embedder")
+    embedder = benchmark.SentenceTransformer(small_embedder[1], device="cpu")
+    transformer = embedder[0].auto_model
+    sentences = benchmark.read_sentences(Path(small_embedder[3]))
+    expected = torch.from_numpy(embedder.encode(sentences))
+    for name, path in benchmark.onnx_files(transformer, tmp_path / "onnx").items():
+        other = benchmark.with_transformer(embedder, benchmark.OnnxTransformer(path, transformer.config, 1))
+        found = torch.from_numpy(other.encode(sentences, batch_size=7))
+        torch.testing.assert_close(found, expected, atol=1e-5 if name == "ORT fp32" else 0.1, rtol=0)
+        assert not torch.equal(found, expected), "another transformer answered"
+
+
 @pytest.mark.parametrize("name, wrong", [("linear", ["--rounds", "x"]), ("encoder", ["--model", "huge"])])
 def test_engine_benchmarks_refuse(name, wrong):
     with pytest.raises(SystemExit):
