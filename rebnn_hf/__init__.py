@@ -33,13 +33,16 @@ _HOME = {
     "is_fused": "fusion",
     "use_int8_inputs": "int8",
     "summary": "report",
+    "packed_size": "report",
     "operations": "flops",
+    "compare": "comparison",
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",
     "ReBNNTrainingArguments": "trainer",
     "plot_oscillation": "plotting",
     "plot_latent_weights": "plotting",
+    "plot_tradeoff": "plotting",
 }
 
 __all__ = [*_HOME, "__version__"]

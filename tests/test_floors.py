@@ -12,6 +12,7 @@ FLOORS = {
     "architecture": 0,
     "distillation": 0,
     "functional": 0,
+    "notebook": 0,
     "packing": 0,
     "presets": 0,
     "timing": 0,
@@ -34,13 +35,16 @@ FLOORS = {
     "report": 7,
     "resilience": 7,
     "cli": 8,
+    "comparison": 8,
     "int8": 8,
     "integrations": 8,
     "trainer": 8,
     "vision": 8,
 }
 
-INSIDE = {"vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"]}
+INSIDE = {
+    "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"],
+}
 """Files of folders in which files import each other: only those before them."""
 
 
