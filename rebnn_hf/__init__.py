@@ -36,6 +36,7 @@ _HOME = {
     "packed_size": "report",
     "operations": "flops",
     "compare": "comparison",
+    "export_onnx": "integrations.onnx",
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",
