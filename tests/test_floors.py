@@ -34,6 +34,7 @@ FLOORS = {
     "projections": 7,
     "report": 7,
     "resilience": 7,
+    "verification": 7,
     "cli": 8,
     "comparison": 8,
     "int8": 8,
@@ -43,6 +44,7 @@ FLOORS = {
 }
 
 INSIDE = {
+    "cli": ["output", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
     "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"],
 }
 """Files of folders in which files import each other: only those before them."""

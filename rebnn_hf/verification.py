@@ -1,0 +1,77 @@
+"""Whether two models give the same answers: what `rebnn verify` finds out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+OUTPUTS = ("logits", "start_logits", "end_logits")
+"""What an answer is read from; a model without a head has its `last_hidden_state`, and gives no answer."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Result of `agreement`.
+
+    Attributes:
+        batches: that both read.
+        equal_answers: share of them in which every largest logit is in the same place; None for models that give
+            numbers (one logit, or hidden states).
+        largest_difference: of an output.
+        largest_output: of the reference, by absolute value, to see the difference beside.
+    """
+
+    batches: int
+    equal_answers: float | None
+    largest_difference: float
+    largest_output: float
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        answers = "no classes to compare" if self.equal_answers is None else f"{self.equal_answers:.2%} equal answers"
+        size = f"largest difference {self.largest_difference:.3g} in outputs up to {self.largest_output:.3g}"
+        return f"{self.batches} text(s): {answers}; {size}."
+
+
+@torch.inference_mode()
+def agreement(model: PreTrainedModel, reference: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Agreement:
+    """Let two models read the same and compare their outputs.
+
+    Args:
+        model: in eval mode.
+        reference: of the same class, in eval mode.
+        batches: inputs as for `model(**batch)`, without padding, of which a fused encoder makes zeros; best one text
+            each, whose answer is then right or wrong as a whole.
+
+    Raises:
+        ValueError: no batch, models of two classes, or one of multiple choice, which reads several texts at once.
+    """
+    if type(model) is not type(reference):
+        raise ValueError(f"a {type(model).__name__} and a {type(reference).__name__} give different kinds of answers.")
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        raise ValueError(f"{type(model).__name__} reads several texts for one answer; compare its logits by hand.")
+    same, differences, sizes = [], [], []
+    for batch in batches:
+        pairs = list(zip(_outputs(model(**batch)), _outputs(reference(**batch)), strict=True))
+        differences += [(mine - theirs).abs().max().item() for (_, mine), (_, theirs) in pairs]
+        sizes += [theirs.abs().max().item() for _, (_, theirs) in pairs]
+        if all(name in OUTPUTS and theirs.shape[-1] > 1 for _, (name, theirs) in pairs):
+            same.append(all(torch.equal(mine.argmax(-1), theirs.argmax(-1)) for (_, mine), (_, theirs) in pairs))
+    if not differences:
+        raise ValueError("there is nothing to read: no batches.")
+    return Agreement(
+        len(differences) // len(pairs), sum(same) / len(same) if same else None, max(differences), max(sizes)
+    )
+
+
+def _outputs(outputs) -> list[tuple[str, Tensor]]:
+    """What answers are read from, in float32."""
+    names = [name for name in OUTPUTS if name in outputs] or ["last_hidden_state"]
+    return [(name, outputs[name].float()) for name in names]
