@@ -180,10 +180,10 @@ def _state(model: PreTrainedModel) -> str:
 
 def _operations(models, inputs: Mapping[str, Tensor] | None) -> tuple[list[dict[str, float]], str]:
     """Totals of each model, and what they were counted for or why they were not."""
-    sizes = {"tokens": TOKENS}
-    if inputs is not None:
-        images = inputs.get("pixel_values")
-        sizes = {"tokens": inputs["input_ids"].shape[-1]} if images is None else {"image_size": images.shape[-1]}
+    given = {} if inputs is None else inputs
+    sizes = {"tokens": given["input_ids"].shape[-1] if "input_ids" in given else TOKENS}
+    if "pixel_values" in given:
+        sizes["image_size"] = given["pixel_values"].shape[-1]
     try:
         found = [operations(model, **sizes) for model in models]
     except ValueError as reason:

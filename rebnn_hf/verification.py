@@ -57,21 +57,20 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, batches: Itera
         raise ValueError(f"a {type(model).__name__} and a {type(reference).__name__} give different kinds of answers.")
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise ValueError(f"{type(model).__name__} reads several texts for one answer; compare its logits by hand.")
-    same, differences, sizes = [], [], []
+    equal, differences, sizes = [], [], []
     for batch in batches:
-        pairs = list(zip(_outputs(model(**batch)), _outputs(reference(**batch)), strict=True))
-        differences += [(mine - theirs).abs().max().item() for (_, mine), (_, theirs) in pairs]
-        sizes += [theirs.abs().max().item() for _, (_, theirs) in pairs]
-        if all(name in OUTPUTS and theirs.shape[-1] > 1 for _, (name, theirs) in pairs):
-            same.append(all(torch.equal(mine.argmax(-1), theirs.argmax(-1)) for (_, mine), (_, theirs) in pairs))
-    if not differences:
+        mine, theirs = _outputs(model(**batch)), _outputs(reference(**batch))
+        differences += [(mine[name] - tensor).abs().max() for name, tensor in theirs.items()]
+        sizes += [tensor.abs().max() for tensor in theirs.values()]
+        classes = all(name in OUTPUTS and tensor.shape[-1] > 1 for name, tensor in theirs.items())
+        equal.append(all(torch.equal(mine[n].argmax(-1), theirs[n].argmax(-1)) for n in theirs) if classes else None)
+    if not equal:
         raise ValueError("there is nothing to read: no batches.")
-    return Agreement(
-        len(differences) // len(pairs), sum(same) / len(same) if same else None, max(differences), max(sizes)
-    )
+    share = None if None in equal else sum(equal) / len(equal)
+    return Agreement(len(equal), share, torch.stack(differences).max().item(), torch.stack(sizes).max().item())
 
 
-def _outputs(outputs) -> list[tuple[str, Tensor]]:
+def _outputs(outputs) -> dict[str, Tensor]:
     """What answers are read from, in float32."""
     names = [name for name in OUTPUTS if name in outputs] or ["last_hidden_state"]
-    return [(name, outputs[name].float()) for name in names]
+    return {name: outputs[name].float() for name in names}

@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path):
     rebnn_hf.pack(model)
     with pytest.raises(ValueError, match=r"too small .*'input_ids': \(1, 4\)"):
         rebnn_hf.export_onnx(model, file, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         rebnn_hf.export_onnx(model, tmp_path / "nowhere" / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"] and file.read_bytes() == b"kept"
     shutil.rmtree(tmp_path)

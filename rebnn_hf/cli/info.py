@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .. import kernels
 from ..benchmark import class_of, saved_model_config
@@ -120,7 +120,9 @@ def _skeleton(name: str) -> PreTrainedModel:
             f"{name!r} was quantized by {saved.get('quant_method')!r}, of which this package knows nothing."
         )
     with torch.device("meta"):
-        model = class_of(config)._from_config(config).to(config.dtype or torch.float32)
+        kind = class_of(config)
+        model = AutoModel.from_config(config) if kind is AutoModel else kind(config)
+        model.to(config.dtype or torch.float32)
     if saved:
         model.config.quantization_config = ReBNNConfig.from_dict(saved)
         prepare_for_loading(model, model.config.quantization_config)

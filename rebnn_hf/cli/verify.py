@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..benchmark import check_twins, load
+from ..benchmark import check_twins, load, longest
 from ..patching import saved_config
 from ..verification import Agreement, agreement
 from .files import processor_of
@@ -47,11 +47,13 @@ def run(options: argparse.Namespace) -> bool:
     """Load both, let them read, compare."""
     texts = _texts(options)
     tokenizer = processor_of(options.tokenizer or options.model)
-    if tokenizer is None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{options.tokenizer or options.model} has no tokenizer; name one with --tokenizer.")
     model, reference = load(options.model, "packed"), load(options.reference, "latent", "float")
     check_twins(model, reference)
-    found = agreement(model, reference, [tokenizer(text, truncation=True, return_tensors="pt") for text in texts])
+    length = min(tokenizer.model_max_length, longest(model))
+    read = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
+    found = agreement(model, reference, read)
     tolerance = _tolerance(options, reference)
     failures = _failures(found, options.agreement, tolerance)
     result = {**found.to_dict(), "agreement": options.agreement, "tolerance": tolerance, "verified": not failures}

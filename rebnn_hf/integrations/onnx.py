@@ -90,6 +90,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
             text: `input_ids` and `attention_mask`.
 
     Raises:
+        FileNotFoundError: there is no folder for the file.
         ImportError: `onnx` or `onnxscript` is missing.
         TypeError: not a transformers model.
         ValueError: not a packed model, or an example that is too small.
@@ -99,9 +100,11 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     """
     _check_model(model)
     _check_packages()
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it before the export.")
     inputs = dict(inputs or random_inputs(model, 2, min(16, longest(model))))
     _check_inputs(inputs)
-    path = Path(path)
     model = _with_symbols(model)
     with torch.no_grad(), quiet():
         outputs = [name for name, value in model(**inputs).items() if isinstance(value, Tensor)]
