@@ -37,15 +37,19 @@ _HOME = {
     "is_fused": "fusion",
     "use_int8_inputs": "int8",
     "summary": "report",
+    "packed_size": "report",
     "operations": "flops",
     "model_card": "card",
     "allow_loading_without_import": "hub",
+    "compare": "comparison",
+    "export_onnx": "integrations.onnx",
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",
     "ReBNNTrainingArguments": "trainer",
     "plot_oscillation": "plotting",
     "plot_latent_weights": "plotting",
+    "plot_tradeoff": "plotting",
 }
 
 __all__ = [*_HOME, "__version__"]

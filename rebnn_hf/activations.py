@@ -166,6 +166,8 @@ def lsq_gradient(scale: Tensor, elements: int, largest_code: int = 1) -> Tensor:
         elements: N, number of inputs that share the scale.
         largest_code: largest level, 1 for 1-bit activations.
     """
+    if not scale.requires_grad:  # a root of N would fix the size of the batch in an exported program
+        return scale
     return _GradientFactor.apply(scale, 1 / math.sqrt(max(elements, 1) * largest_code))
 
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from .architecture import encoder_of
 from .fusion import fuse
@@ -31,27 +31,58 @@ ONNX_PACKAGES = ("onnx", "onnxruntime")
 # The models
 
 
-def load(name: str, packed: bool) -> PreTrainedModel:
-    """A packed model, or a float one, from a folder or the Hub, in eval mode, as the class that it was saved as.
+REMEDIES = {
+    "packed": "`rebnn pack` makes one of a trained latent one",
+    "latent": "`rebnn binarize` makes one of a float one",
+    "float": "it is the one that `rebnn binarize` was given",
+}
+"""How to come by a model in a state."""
+
+
+def load(name: str, *states: str) -> PreTrainedModel:
+    """A model from a folder or the Hub, in eval mode, as the class that it was saved as.
+
+    Args:
+        name: folder, or name on the Hub.
+        states: that will do: `float`, `latent`, `packed`.
 
     Raises:
-        ValueError: there is none, or it is of the other kind.
+        ValueError: there is none, or it is in another state.
+    """
+    config = saved_model_config(name)
+    saved = getattr(config, "quantization_config", None) or {}
+    ours = saved.get("quant_method") == "rebnn"
+    state = saved.get("state") if ours else "quantized" if saved else "float"
+    if state not in states:
+        found = (
+            f"quant_method={saved.get('quant_method')!r}, state={saved.get('state')!r}"
+            if saved
+            else "no quantization_config"
+        )
+        raise ValueError(
+            f"{name!r} is not a {' or '.join(states)} model: its config has {found}; {REMEDIES[states[0]]}."
+        )
+    return class_of(config).from_pretrained(name).eval()
+
+
+def saved_model_config(name: str) -> PretrainedConfig:
+    """The config of a model in a folder or on the Hub.
+
+    Raises:
+        ValueError: there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         raise ValueError(
             f"{name!r} is no model: neither a folder with a config.json that transformers knows, nor a name on the Hub "
             "that can be reached from here."
         ) from None
-    saved = getattr(config, "quantization_config", {}) or {}
-    is_packed = saved.get("quant_method") == "rebnn" and saved.get("state") == "packed"
-    if packed and not is_packed:
-        raise ValueError(f"{name!r} is not a packed model; save what rebnn_hf.pack(model) returns and give its folder.")
-    if not packed and saved:
-        raise ValueError(f"{name!r} is not a float model: its config has quant_method={saved.get('quant_method')!r}.")
-    architecture = (config.architectures or ["AutoModel"])[0]
-    return getattr(transformers, architecture, AutoModel).from_pretrained(name).eval()
+
+
+def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a model was saved as."""
+    return getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
 
 
 def longest(model: PreTrainedModel) -> int:

@@ -26,6 +26,7 @@ from .architecture import (
 )
 from .binarizers import Elastic, TokenInt8
 from .layers import LATENT_TYPES, PACKED_TYPES
+from .notebook import html_table
 
 PARTS = (
     "linear layers of the embeddings",
@@ -44,6 +45,13 @@ HEADS_ONCE = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentence
 
 HEADS_EACH = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 """How the classes are called whose head sees every token."""
+
+COUNTED = (
+    "Equivalent FLOPs: an m x n-bit multiply-accumulate is m * n / 64 of a float one, and with a float factor",
+    "(W1A32) a whole one. An ideal for comparing methods, never a measured speed. Not counted: look-ups and",
+    "elementwise float work (norms, softmax, activation functions, scales, biases, binarization).",
+)
+"""What the numbers are, in lines."""
 
 WIDEST_CODE = 8
 """Bits of the widest integer codes; wider factors are float."""
@@ -69,7 +77,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Operations:
-    """Result of `operations`; `print` shows it as a table that says what is counted.
+    """Result of `operations`; `print`, and a notebook, show it as a table that says what is counted.
 
     Attributes:
         inputs: what is counted for, in words.
@@ -86,18 +94,27 @@ class Operations:
         return {"inputs": self.inputs, "rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
 
     def __str__(self) -> str:
+        lines = [self._header(), *self._lines()]
+        table = [f"{part:<34}{bits:>8}{macs:>20}{flops:>20}" for part, bits, macs, flops in lines]
+        return "\n".join([*table, self._in_float(), *COUNTED])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._header(), self._lines(), (0,), [self._in_float(), " ".join(COUNTED)])
+
+    def _header(self) -> tuple[str, ...]:
+        return self.inputs, "bits", "MACs", "equivalent FLOPs"
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines = [(row.part, "{} x {}".format(*row.bits), row.macs, row.equivalent_flops) for row in self.rows]
+        lines.append(("total", "", self.totals["macs"], self.totals["equivalent_flops"]))
+        return [(part, bits, f"{macs:,}", f"{flops:,.0f}") for part, bits, macs, flops in lines]
+
+    def _in_float(self) -> str:
         totals = self.totals
-        lines = [
-            f"{self.inputs:<34}{'bits':>8}{'MACs':>20}{'equivalent FLOPs':>20}",
-            *(_line(row.part, "{} x {}".format(*row.bits), row.macs, row.equivalent_flops) for row in self.rows),
-            _line("total", "", totals["macs"], totals["equivalent_flops"]),
+        return (
             f"all in float: {totals['float_flops']:,} FLOPs (2 for each multiply-accumulate), "
-            f"{totals['ratio']:.1f} x as many",
-            "Equivalent FLOPs: an m x n-bit multiply-accumulate is m * n / 64 of a float one, and with a float factor",
-            "(W1A32) a whole one. An ideal for comparing methods, never a measured speed. Not counted: look-ups and",
-            "elementwise float work (norms, softmax, activation functions, scales, biases, binarization).",
-        ]
-        return "\n".join(lines)
+            f"{totals['ratio']:.1f} x as many"
+        )
 
 
 def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224) -> Operations:
@@ -188,10 +205,6 @@ def _image_macs(model: PreTrainedModel, size: int) -> dict[tuple[str, tuple[int,
         for handle in handles:
             handle.remove()
     return macs
-
-
-def _line(part: str, bits: str, macs: int, flops: float) -> str:
-    return f"{part:<34}{bits:>8}{macs:>20,}{flops:>20,.0f}"
 
 
 def linear_bits(linear: nn.Linear | nn.Conv2d) -> tuple[int, int]:

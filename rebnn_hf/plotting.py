@@ -1,4 +1,5 @@
-"""Pictures of a training run, from the Trainer's log history, and of the weights it left. Needs matplotlib (`plot`)."""
+"""Pictures of a training run, from the Trainer's log history, of the weights it left, and of what models score for what
+they cost. Needs matplotlib (`plot`)."""
 
 from __future__ import annotations
 
@@ -110,6 +111,39 @@ def latent_histogram(layer: nn.Module, bins: int = 60) -> tuple[Tensor, Tensor]:
     ratio = (layer.centered() / layer.scale().unsqueeze(-1)).float().cpu().clamp(-WIDEST, WIDEST)
     edges = torch.linspace(-WIDEST, WIDEST, bins + 1)
     return edges, torch.histogram(ratio, edges).hist / ratio.numel()
+
+
+def plot_tradeoff(comparison, path: str | Path, score: str | None = None) -> None:
+    """Draw what models score against how large they are and, if that was measured, how long they take.
+
+    Args:
+        comparison: result of `rebnn_hf.compare` with scores.
+        path: PNG file to write.
+        score: name of the score; it may be left out if there is only one.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is no such score, or several and none named.
+    """
+    matplotlib = _matplotlib()
+    rows = comparison.rows
+    names = list(rows[0].scores)
+    if score is None and len(names) == 1:
+        (score,) = names
+    if score not in names:
+        raise ValueError(f"score={score!r} is not one that was compared; expected one of {', '.join(names) or 'none'}.")
+    costs = {"MB": [row.bytes / 1e6 for row in rows]}
+    if rows[0].milliseconds is not None:
+        costs[f"ms, {comparison.measured}"] = [row.milliseconds for row in rows]
+    figure = matplotlib.figure.Figure(figsize=(5.5 * len(costs), 4.2), layout="constrained")
+    for axis, (cost, values) in zip(figure.subplots(1, len(costs), squeeze=False).flat, costs.items(), strict=True):
+        scores = [row.scores[score] for row in rows]
+        axis.scatter(values, scores, color="tab:blue")
+        for row, x, y in zip(rows, values, scores, strict=True):
+            axis.annotate(row.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", xlabel=cost, ylabel=score)
+        axis.margins(x=0.25, y=0.15)
+    figure.savefig(path, dpi=110)
 
 
 def _matplotlib():

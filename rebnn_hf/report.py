@@ -20,6 +20,7 @@ from .binarizers import PARAMETRIC, RPReLU
 from .config import ReBNNConfig
 from .flops import code_bits, linear_bits
 from .layers import LATENT_TYPES, PACKED_TYPES
+from .notebook import html_table
 from .packing import packed_width
 
 PARTS = (
@@ -35,6 +36,12 @@ PARTS = (
     "other",
 )
 """Parts of `packed_size`, in the order of its result."""
+
+HEADER = ("module", "type", "parameters", "added", "W/A bits", "bytes now", "bytes packed", "")
+"""Columns of a printed summary."""
+
+WORDS = (0, 1, 7)
+"""Those of them that hold words."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """Result of `summary`; `print` shows it as a table in which equal blocks share a line.
+    """Result of `summary`; `print`, and a notebook, show it as a table in which equal blocks share a line.
 
     Attributes:
         rows: one per module.
@@ -87,26 +94,29 @@ class Summary:
         return {"rows": [asdict(row) for row in self.rows], "totals": dict(self.totals)}
 
     def __str__(self) -> str:
-        header = ("module", "type", "parameters", "added", "W/A bits", "bytes now", "bytes packed", "")
-        lines = [header, *(_cells(rows) for rows in _grouped(self.rows))]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        lines = [HEADER, *(_cells(rows) for rows in _grouped(self.rows))]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
         text = [
             "  ".join(
-                cell.ljust(width) if column in (0, 1, 7) else cell.rjust(width)
+                cell.ljust(width) if column in WORDS else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
         ]
+        return "\n".join([*text, *self._in_words()])
+
+    def _repr_html_(self) -> str:
+        return html_table(HEADER, [_cells(rows) for rows in _grouped(self.rows)], WORDS, self._in_words())
+
+    def _in_words(self) -> list[str]:
+        """The totals."""
         totals = self.totals
-        return "\n".join(
-            [
-                *text,
-                f"{totals['parameters']:,} parameters, {totals['binary_share']:.2%} of them 1-bit; "
-                f"{totals['added_parameters']:,} added (scales, shifts, slopes)",
-                f"{totals['bytes_now']:,} bytes now, {totals['bytes_packed']:,} packed: "
-                f"{totals['ratio']:.1f} x smaller than float32 ({totals['bytes_float32']:,})",
-            ]
-        )
+        return [
+            f"{totals['parameters']:,} parameters, {totals['binary_share']:.2%} of them 1-bit; "
+            f"{totals['added_parameters']:,} added (scales, shifts, slopes)",
+            f"{totals['bytes_now']:,} bytes now, {totals['bytes_packed']:,} packed: "
+            f"{totals['ratio']:.1f} x smaller than float32 ({totals['bytes_float32']:,})",
+        ]
 
 
 def summary(model: nn.Module) -> Summary:

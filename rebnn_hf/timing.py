@@ -116,15 +116,16 @@ def table(rows: Sequence[Row]) -> str:
     """Rows with the same keys as a Markdown table: words to the left, numbers to the right, with three digits."""
     columns = []
     for name in rows[0]:
-        cells = [name, *(_cell(row[name]) for row in rows)]
+        cells = [name, *(cell(row[name]) for row in rows)]
         width, words = max(map(len, cells)), isinstance(rows[0][name], str)
-        cells = [cell.ljust(width) if words else cell.rjust(width) for cell in cells]
+        cells = [text.ljust(width) if words else text.rjust(width) for text in cells]
         cells.insert(1, "-" * width if words else "-" * (width - 1) + ":")
         columns.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns, strict=True))
 
 
-def _cell(value: float | str) -> str:
+def cell(value: float | str) -> str:
+    """A value as tables show it: floats with three digits."""
     if not isinstance(value, float) or not math.isfinite(value) or value == 0:
         return str(value)
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

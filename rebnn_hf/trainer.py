@@ -286,14 +286,15 @@ class ReBNNTrainer(Trainer):
             pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
             span = "start_logits" in outputs
             parts["logits"] = sum(self._logits_loss(student, teacher, mask, span) for student, teacher in pairs)
+        tokens = None if mask is None else mask.flatten(0, -2)  # each choice of multiple choice is a sequence inside
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
-                self.args.hidden_loss, outputs.hidden_states, target.hidden_states, mask
+                self.args.hidden_loss, outputs.hidden_states, target.hidden_states, tokens
             )
         if "relations" in weights:
-            parts["relations"] = relations_loss(mine, theirs, mask)
+            parts["relations"] = relations_loss(mine, theirs, tokens)
         if "attention" in weights:
-            parts["attention"] = attention_loss(mine, theirs, mask)
+            parts["attention"] = attention_loss(mine, theirs, tokens)
         return parts, outputs
 
     def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool) -> Tensor:

@@ -117,16 +117,16 @@ def test_load(tmp_path):
     model, other = packed_model(), float_model()
     model.save_pretrained(tmp_path / "packed")
     other.save_pretrained(tmp_path / "float")
-    loaded = benchmark.load(str(tmp_path / "packed"), packed=True)
+    loaded = benchmark.load(str(tmp_path / "packed"), "packed")
     assert type(loaded) is BertForSequenceClassification and not loaded.training
     assert isinstance(loaded.bert.encoder.layer[0].output.dense, PackedLinear)
-    assert type(benchmark.load(str(tmp_path / "float"), packed=False).classifier) is nn.Linear
+    assert type(benchmark.load(str(tmp_path / "float"), "latent", "float").classifier) is nn.Linear
     with pytest.raises(ValueError, match="is not a packed model"):
-        benchmark.load(str(tmp_path / "float"), packed=True)
+        benchmark.load(str(tmp_path / "float"), "packed")
     with pytest.raises(ValueError, match="is not a float model: its config has quant_method='rebnn'"):
-        benchmark.load(str(tmp_path / "packed"), packed=False)
+        benchmark.load(str(tmp_path / "packed"), "float")
     with pytest.raises(ValueError, match="nowhere' is no model"):
-        benchmark.load(str(tmp_path / "nowhere"), packed=True)
+        benchmark.load(str(tmp_path / "nowhere"), "packed")
 
 
 def test_contenders_compute_what_the_float_model_computes(tmp_path):

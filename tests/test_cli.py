@@ -1,14 +1,21 @@
 """The command `rebnn`, run as its users run it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
 
+import rebnn_hf
 from rebnn_hf import cli, kernels
 from rebnn_hf.kernels import cpu
+from rebnn_hf.layers import LATENT_TYPES, PACKED_TYPES
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = str(ROOT / "tests" / "data" / "golden_v2")
@@ -69,7 +76,7 @@ def test_info_without_the_library(no_library, capsys):
 
 def test_errors_have_no_traceback():
     result = rebnn("bench", "no/model")
-    assert result.returncode == 1 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("rebnn: 'no/model' is no model: ")
     assert "Traceback" not in result.stderr
 
@@ -88,7 +95,7 @@ def test_errors_have_no_traceback():
 def test_what_cannot_be_done_is_one_sentence(arguments, environment, message, monkeypatch, capsys):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("rebnn: ") and message in printed.err and printed.err.count("\n") == 1
     assert "|" not in printed.out
@@ -113,3 +120,223 @@ def test_bench_with_the_reference_backend(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "7 layer(s) 1-bit, but unpacked for torch" in printed
     assert "backend reference, because REBNN_BACKEND=reference" in printed
+
+
+def test_bench_as_json(capsys):
+    assert (
+        cli.main(["bench", GOLDEN, "--batch", "1", "--length", "4", "--rounds", "1", "--threads", "1", "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == GOLDEN and len(result["places"]) == 11
+    assert {"packed", "torch fp32"} <= {row["contender"] for row in result["rows"]}
+    assert all(row["batch x tokens"] == "1 x 4" and row["median ms"] > 0 for row in result["rows"])
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["backend"] == kernels.backend() and result["versions"]["torch"] == torch.__version__
+    assert set(result["instruction_sets"]) == (set(cpu.instruction_sets()) if cpu.available() else set())
+
+
+# From a float model to bits and back
+
+TEXTS = ["a good film", "a bad film", "the film is bad and good", "good good bad"]
+TREE = "bert.encoder.layer.0.output.dense"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A float model with its tokenizer, and what the commands make of it."""
+    root = tmp_path_factory.mktemp("cli")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "the", "is", "and"]
+    (root / "vocab.txt").write_text("\n".join(words))
+    (root / "texts.txt").write_text("\n".join(TEXTS) + "\n\n")
+    hf.BertTokenizer(vocab=str(root / "vocab.txt")).save_pretrained(root / "float")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=52)
+    config = hf.BertConfig(vocab_size=len(words), max_position_embeddings=16, initializer_range=0.2, **sizes)
+    hf.BertForSequenceClassification(config).save_pretrained(root / "float")
+    for command, source, made in (
+        ("binarize", "float", "latent"),
+        ("pack", "latent", "packed"),
+        ("unpack", "packed", "back"),
+    ):
+        assert cli.main([command, str(root / source), str(root / made)]) == 0
+    return root
+
+
+def load(folder):
+    return hf.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logits(folder):
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    return torch.cat([load(folder)(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+
+
+def of_types(folder, types):
+    return sum(isinstance(module, types) for module in load(folder).modules())
+
+
+def test_each_state_is_a_folder_that_loads_with_its_tokenizer(folders):
+    assert of_types(folders / "latent", LATENT_TYPES) == of_types(folders / "packed", PACKED_TYPES) == 12
+    assert of_types(folders / "back", LATENT_TYPES + PACKED_TYPES) == 0
+    expected = logits(folders / "latent")
+    assert expected.std() > 0.01 and (logits(folders / "float") - expected).abs().max() > 0.01
+    for state in ("packed", "back"):
+        torch.testing.assert_close(logits(folders / state), expected, rtol=1e-5, atol=1e-5)
+    tensors = load_file(folders / "packed" / "model.safetensors")
+    assert tensors[f"{TREE}.weight"].dtype == torch.uint8 and tensors[f"{TREE}.weight"].shape == (32, 7)
+
+
+def test_presets_switches_and_types(folders, tmp_path, capsys):
+    latent, packed = str(tmp_path / "latent"), str(tmp_path / "new" / "packed")
+    choices = ["--preset", "bwn-w1a32", "--word-embeddings", "--pooler", "--keep-float", "layer.0", "--json"]
+    assert cli.main(["binarize", str(folders / "float"), latent, *choices]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["output"] == latent and result["binary_parameters"] == 12 * 32 + 32 * 32 + 4 * 32 * 32 + 2 * 32 * 52
+    assert cli.main(["pack", latent, packed, "--dtype", "float16"]) == 0
+    assert f"Written to {packed}, with its BertTokenizer." in capsys.readouterr().out
+    model = load(packed)
+    assert model.dtype == torch.float16 and model.config.quantization_config.weight_scale == "mean_abs"
+    assert {n for n, m in model.named_modules() if isinstance(m, PACKED_TYPES) and "layer" not in n} == {
+        "bert.embeddings.word_embeddings",
+        "bert.pooler.dense",
+    }
+
+
+@pytest.mark.parametrize("state, format_version", [("float", None), ("latent", 2), ("packed", 2)])
+def test_info_of_a_model_is_its_summary(folders, state, format_version, capsys):
+    assert cli.main(["info", str(folders / state), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["state"], result["format_version"]) == (state, format_version)
+    assert result["class"] == "BertForSequenceClassification"
+    expected = rebnn_hf.summary(load(folders / state)).to_dict()
+    assert result["rows"] == expected["rows"] and result["totals"] == expected["totals"]
+    assert result["file_bytes"] == (folders / state / "model.safetensors").stat().st_size
+    assert cli.main(["info", str(folders / state)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folders / state}: BertForSequenceClassification, {state}")
+    assert printed.endswith(f"{rebnn_hf.summary(load(folders / state))}\n")
+
+
+def test_info_reads_no_weights(folders, tmp_path, capsys):
+    (tmp_path / "only").mkdir()
+    shutil.copy(folders / "packed" / "config.json", tmp_path / "only")
+    assert cli.main(["info", str(tmp_path / "only")]) == 0
+    assert "weights 1-bit (learned), activations float, attention softmax" in capsys.readouterr().out
+
+
+def test_verify_of_what_was_packed(folders, capsys):
+    arguments = ["verify", str(folders / "packed"), str(folders / "latent"), "--texts", str(folders / "texts.txt")]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["verified"] and result["batches"] == 4 and result["equal_answers"] == 1.0
+    assert result["largest_difference"] < 1e-5 and result["tolerance"] == 1e-3
+    assert result["largest_output"] == pytest.approx(logits(folders / "latent").abs().max().item(), rel=1e-5)
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.endswith("Verified.\n")
+
+
+def test_verify_finds_a_changed_bit_and_another_model(folders, tmp_path, capsys):
+    shutil.copytree(folders / "packed", tmp_path / "changed")
+    file = tmp_path / "changed" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors[f"{TREE}.weight"][3, 2] ^= 0b100
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["verify", str(tmp_path / "changed"), str(folders / "latent"), "--text", *TEXTS]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "Not verified: outputs differ by" in printed.out and printed.err == ""
+    assert cli.main([*arguments, "--tolerance", "10"]) == 0
+    done = rebnn(
+        "verify", str(folders / "packed"), str(folders / "float"), "--text", *TEXTS, "--tolerance", "1e-4", "--json"
+    )
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    expected = (logits(folders / "packed") - logits(folders / "float")).abs().max().item()
+    assert not result["verified"] and result["largest_difference"] == pytest.approx(expected, rel=1e-4)
+    same = (logits(folders / "packed").argmax(-1) == logits(folders / "float").argmax(-1)).float().mean().item()
+    assert result["equal_answers"] == same
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["pack", "{float}", "{new}"],
+            "is not a latent model: its config has no quantization_config; `rebnn binarize`",
+        ),
+        (["pack", "{packed}", "{new}"], "is not a latent model: its config has quant_method='rebnn', state='packed'"),
+        (["binarize", "{latent}", "{new}"], "is not a float model"),
+        (["unpack", "{float}", "{new}"], "is not a packed or latent model"),
+        (["binarize", "{float}", "{new}", "--keep-float", "layer"], "rebnn: "),
+        (["pack", "{latent}", "{packed}"], "packed exists; give another folder, or --overwrite to replace it."),
+        (["pack", "{latent}", "{texts}", "--overwrite"], "texts holds no config.json, so it is no model"),
+        (["pack", "{latent}", "{latent}", "--overwrite"], "latent is where the model comes from"),
+        (["info", "{texts}"], "texts' is no model"),
+        (["verify", "{packed}", "{latent}"], "there is nothing to read; give texts with --text"),
+        (["verify", "{packed}", "{latent}", "--texts", "{new}"], "No such file"),
+        (
+            ["verify", "{packed}", "{latent}", "--text", "a", "--tokenizer", "{texts}"],
+            "has no tokenizer; name one with",
+        ),
+        (["verify", "{packed}", GOLDEN, "--text", "a"], "is not a latent or float model"),
+    ],
+)
+def test_what_is_refused_leaves_everything_as_it_was(folders, tmp_path, arguments, message, capsys):
+    shutil.copytree(folders, tmp_path / "all")
+    (tmp_path / "all" / "texts").mkdir()
+    names = ("float", "latent", "packed", "texts", "new")
+    places = {name: str(tmp_path / "all" / name) for name in names}
+    before = contents(tmp_path)
+    assert cli.main([argument.format(**places) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("rebnn: ") and printed.err.count("\n") == 1
+    assert message in printed.err
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_damaged_file_is_one_sentence(folders, tmp_path, capsys):
+    shutil.copytree(folders / "packed", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert cli.main(["unpack", str(tmp_path / "cut"), str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_overwrite_replaces_the_folder_as_a_whole(folders, tmp_path, capsys):
+    shutil.copytree(folders / "float", tmp_path / "out")
+    (tmp_path / "out" / "left_over.txt").write_text("old")
+    assert cli.main(["pack", str(folders / "latent"), str(tmp_path / "out"), "--overwrite"]) == 0
+    assert of_types(tmp_path / "out", PACKED_TYPES) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (tmp_path / "out" / "left_over.txt").exists()
+
+
+def test_an_interrupted_write_leaves_nothing(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders / "packed", tmp_path / "out")
+    before = contents(tmp_path)
+
+    def full(self, folder, **kwargs):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", full)
+    assert cli.main(["pack", str(folders / "latent"), str(tmp_path / "out"), "--overwrite"]) == 2
+    assert "no space left on device" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["binarize", "pack", "unpack", "verify", "info", "bench"])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert left.value.code == 0 and f"rebnn {command}" in printed and f"\n    rebnn {command}" in printed

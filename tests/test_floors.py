@@ -13,6 +13,7 @@ FLOORS = {
     "auto_classes": 0,
     "distillation": 0,
     "functional": 0,
+    "notebook": 0,
     "packing": 0,
     "presets": 0,
     "timing": 0,
@@ -36,14 +37,19 @@ FLOORS = {
     "report": 7,
     "resilience": 7,
     "card": 8,
+    "verification": 7,
     "cli": 8,
+    "comparison": 8,
     "int8": 8,
     "integrations": 8,
     "vision": 8,
     "trainer": 9,
 }
 
-INSIDE = {"vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"]}
+INSIDE = {
+    "cli": ["output", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
+    "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"],
+}
 """Files of folders in which files import each other: only those before them."""
 
 
