@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from . import distillation
 from .binarizers import PARAMETRIC, Elastic, calibrate
+from .checkpoints import WholeCheckpoints
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
 from .presets import loss_fields
@@ -130,7 +131,7 @@ class ReBNNTrainingArguments(TrainingArguments):
         return cls(**{**loss_fields(name), **arguments})
 
 
-class ReBNNTrainer(Trainer):
+class ReBNNTrainer(WholeCheckpoints, Trainer):
     """Trainer for models made by `rebnn_hf.binarize`.
 
     Args:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rebnn_hf"
 FLOORS = {
     "architecture": 0,
+    "checkpoints": 0,
     "distillation": 0,
     "functional": 0,
     "packing": 0,
