@@ -15,6 +15,7 @@ FLOORS = {
     "functional": 0,
     "packing": 0,
     "presets": 0,
+    "shards": 0,
     "timing": 0,
     "activations": 1,
     "kernels": 1,
