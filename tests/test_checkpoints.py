@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from test_trainer import StopAt, assert_same, bert, latent_state, trainer_for
+from test_trainer import Sentences, StopAt, assert_same, bert, latent_state, trainer_for
 from transformers import TrainerCallback
 
 import rebnn_hf
+from rebnn_hf import ReBNNTrainer, ReBNNTrainingArguments
 from rebnn_hf.checkpoints import DRAFT, damage, newest_checkpoint, written_aside
 
 SETTINGS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -110,14 +111,16 @@ def test_nothing_is_left_over_and_old_checkpoints_are_deleted(tmp_path):
 
 def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
     """Also when it is the one just written, whose folder still had another name."""
-    trainer = trainer_for(
-        tmp_path,
-        student(),
+    arguments = ReBNNTrainingArguments(
+        str(tmp_path),
         **{**SETTINGS, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1},
         load_best_model_at_end=True,
         metric_for_best_model="loss",
+        plot_oscillation=False,
+        use_cpu=True,
     )
-    trainer.eval_dataset = trainer.train_dataset
+    data = Sentences()
+    trainer = ReBNNTrainer(model=student(), args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
     best = trainer.state.best_model_checkpoint
     assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}") and damage(best) is None

@@ -25,7 +25,9 @@ multiprocessing.set_forkserver_preload(["rebnn_hf.trainer", "torch.distributed.f
 BATCH = 16
 """Examples in a step, however many processes share them."""
 
-STEPS = 4
+STEPS = {"weights": 4, "few bits": 2}
+"""Of a few bits only two: sums of few codes land on thresholds, where the last digit decides between two codes."""
+
 CONFIGS = {"weights": ReBNNConfig(), "few bits": ReBNNConfig.preset("rebnn-bit-w1a1")}
 PLANS = [("weights", 1), ("weights", 2), ("weights", 4), ("few bits", 1), ("few bits", 4)]
 RULES = {
@@ -88,14 +90,14 @@ def trainer(folder, config, world=1, accumulation=1, **options):
         label_weight=0.5,
         hidden_loss="mse",
         learning_rate=0.05,
-        latent_learning_rate=1.0,
-        **{"max_steps": STEPS, "dataset": Sentences(64, length=4), "log_oscillation": "layer", **options},
+        latent_learning_rate=10.0,
+        **{"dataset": Sentences(64, length=4), "log_oscillation": "layer", **options},
     )
 
 
 def train(folder, config, accumulation, world=1, **options):
     """Final state and the logs of every step."""
-    run = trainer(folder, CONFIGS[config], world, accumulation, **options)
+    run = trainer(folder, CONFIGS[config], world, accumulation, **{"max_steps": STEPS[config], **options})
     run.train()
     logs = [{k: v for k, v in log.items() if k != "loss"} for log in run.state.log_history if "loss" in log]
     return {"state": {name: value.clone() for name, value in run.model.state_dict().items()}, "logs": logs}
