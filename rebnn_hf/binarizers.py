@@ -22,6 +22,7 @@ from .activations import (
 )
 from .functional import Ties
 from .kernels import Codes
+from .shards import is_sharded
 
 
 def binarizer_of(rule: ActivationRule, features: int, signed: bool = True) -> nn.Module | None:
@@ -87,8 +88,10 @@ class Elastic(nn.Module):
     """Elastic activation of BiT with a learned scale and, for linear layers, a learned shift of each feature (C1, C2).
 
     Codes: signed 1 bit {-1, +1}; signed k bits -2^(k-1) to 2^(k-1) - 1; unsigned 0 to 2^k - 1. The scale has the
-    gradient of `lsq_gradient`, with N the number of inputs, padding included. It must be found from data first
-    (`calibrate`, which `ReBNNTrainer` calls): until then it is 0 and the layer refuses to run.
+    gradient of `lsq_gradient`, with N the number of inputs in the batch of a step, padding included: where that comes
+    in `batch_parts` equal parts (processes times accumulation steps), `ReBNNTrainer` sets that attribute. The scale
+    must be found from data first (`calibrate`, which `ReBNNTrainer` calls): until then it is 0, and the layer refuses
+    to run.
 
     Args:
         bits: k.
@@ -104,6 +107,7 @@ class Elastic(nn.Module):
         super().__init__()
         self.bits, self.signed, self.init, self.ties = bits, signed, init, ties
         self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        self.batch_parts = 1
         self.scale = nn.Parameter(torch.empty(1))
         self.register_parameter("shift", None if features is None else nn.Parameter(torch.empty(features)))
         self.reset_parameters()
@@ -124,7 +128,7 @@ class Elastic(nn.Module):
         """
         self.require_calibration()
         x = self._shifted(x)
-        scale = lsq_gradient(self.positive_scale(), x.numel(), max(self.high, 1))
+        scale = lsq_gradient(self.positive_scale(), self.batch_parts * x.numel(), max(self.high, 1))
         if self.signed and self.bits == 1:
             return elastic_sign(x, scale, self.ties), scale
         return elastic_levels(x, scale, self.low, self.high, self.ties), scale
@@ -212,11 +216,13 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
         How many scales were set (0: there was nothing to do, and the model did not run).
 
     Raises:
-        ValueError: layers that the forward pass did not reach.
+        ValueError: layers that the forward pass did not reach, or scales that are sharded already.
     """
     waiting = {n: m for n, m in model.named_modules() if isinstance(m, Elastic) and not m.calibrated}
     if not waiting:
         return 0
+    if any(is_sharded(module.scale) for module in waiting.values()):
+        raise ValueError("the scales are sharded over processes already; call calibrate() before fully_shard().")
     handles = [m.register_forward_pre_hook(lambda layer, inputs: layer.calibrate(inputs[0])) for m in waiting.values()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -17,6 +17,7 @@ from .functional import WeightRule
 from .fusion import fuse
 from .insertion import add_activations, replace_module
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding, float_type
+from .shards import is_sharded
 from .targets import (
     built_in_config,
     check_architecture,
@@ -98,7 +99,8 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     Raises:
         TypeError: not a transformers model, or `dtype` is not floating point.
         ValueError: not a binarized model; values that are not finite or do not fit into `dtype`; scales of elastic
-            activations that were never found from data; `ties="released"`, whose signs have three values.
+            activations that were never found from data; `ties="released"`, whose signs have three values; weights
+            that are sharded over processes.
     """
     require_transformers_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
@@ -106,6 +108,7 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     config = saved_config(model)
     if config is None:
         raise ValueError("pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it.")
+    _require_whole_weights(model, "pack")
     _check_packable(model, config)
     _check_values(model, dtype)
     for name, module in list(model.named_modules()):
@@ -294,6 +297,16 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
 
 
 # Checks
+
+
+def _require_whole_weights(model: nn.Module, verb: str) -> None:
+    sharded = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{verb}() needs whole weights, and {sharded} is sharded over processes (FSDP2); gather them with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+            "torch.distributed.checkpoint.state_dict, load that into a model of one process, and pack it."
+        )
 
 
 def _require_same_method(saved: ReBNNConfig, config: ReBNNConfig | None) -> None:

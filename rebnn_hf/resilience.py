@@ -27,11 +27,14 @@ from .functional import (
     sign,
 )
 from .layers import LATENT_TYPES
+from .shards import is_sharded, local, local_rows, require_row_shards, sum_over_shards
 
 _attached: weakref.WeakSet = weakref.WeakSet()
 
 NEAR_ZERO = 0.1
 """A latent weight is near its flipping point where |w| < 0.1 alpha."""
+
+USE_INSTEAD = "use DistributedDataParallel (accelerate or torchrun as they are) or FSDP2 (fsdp_version 2, fully_shard)"
 
 BLOCK = 2**17
 """Weights in a block of rows on a CPU: with gradient, signs and intermediate results it stays in the L2 cache."""
@@ -47,8 +50,50 @@ class _Layer:
     flipped: Tensor | None = None
     window: dict[str, Tensor | float] = field(default_factory=dict)
 
+    @property
+    def weight(self) -> Tensor:
+        """Latent weights [rows, ...] that this process has."""
+        return local(self.module.weight)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Their gradient."""
+        return local(self.module.weight.grad)
+
+    @property
+    def balance(self) -> Tensor:
+        """Their rows of the balance, which is whole on every process."""
+        return self.module.balance[local_rows(self.module.weight)]
+
+    @property
+    def width(self) -> int:
+        """Weights in a row: a convolution has a row for each output channel."""
+        return self.module.weight.shape[1:].numel()
+
+    def measure(self) -> None:
+        """Record signs and largest gradients of the rows before the step."""
+        module, weight, gradient = self.module, self.weight, self.gradient
+        self.signs = torch.empty(len(weight), self.width, dtype=torch.bool, device=weight.device)
+        self.largest_grad = torch.empty_like(self.balance)
+        scales = module.scale().expand_as(self.balance)  # also where there is one for the tensor
+        for rows in _row_blocks(self):
+            self.signs[rows] = is_positive(center(weight[rows].flatten(1), module.rule))
+            self.largest_grad[rows] = largest_gradient(gradient[rows].flatten(1), scales[rows], module.rule)
+
+    def forget(self) -> None:
+        """Drop what was measured: the step is done, or was not taken."""
+        self.signs, self.largest_grad = None, None
+
     def count(self, name: str, amount: Tensor | float) -> None:
+        """Add to a number of the window that statistics report."""
         self.window[name] = self.window.get(name, 0) + amount
+
+    def counted(self) -> list[float]:
+        """Sums over the rows of this process: flips, flips back, alpha / mean|w|, weights near zero."""
+        magnitude, scale = self.module.centered().abs(), self.module.scale()
+        relative = scale / magnitude.mean(-1).clamp_min(1e-12)
+        near = (magnitude < NEAR_ZERO * scale.unsqueeze(-1)).sum()
+        return [float(x) for x in (self.window["flips"], self.window["flip_backs"], relative.sum(), near)]
 
 
 class Resilience:
@@ -84,17 +129,20 @@ class Resilience:
 
     @torch.no_grad()
     def reconstruction_loss(self) -> float:
-        """Value of L_R, summed over layers (A1), with the present weights, scales and balance."""
+        """Value of L_R, summed over layers (A1), with the present weights, scales and balance.
+
+        With sharded weights every process has to call it.
+        """
         total = 0.0
         for layer in self._layers.values():
             module = layer.module
             centered = module.centered()
-            total += reconstruction_loss(centered, sign(centered), module.scale(), module.balance).item()
-        return total
+            total += reconstruction_loss(centered, sign(centered), module.scale(), layer.balance).item()
+        return sum_over_shards(torch.tensor(total, dtype=torch.float64), self._weights()).item()
 
     @torch.no_grad()
     def statistics(self) -> dict[str, dict[str, float]]:
-        """Oscillation statistics of each layer since the last call (A9).
+        """Oscillation statistics of each layer since the last call (A9). With sharded weights every process has to ask.
 
         Returns:
             For each layer name: `weights`, their number; `flip_ratio`, share of weights whose sign changed, mean per
@@ -102,56 +150,75 @@ class Resilience:
             `scale_to_mean_abs`, mean over rows of alpha / mean|w|; `near_zero_share`, share of |w| < 0.1 alpha;
             `balance_mean` and `balance_max`, over rows. Empty before the first step.
         """
+        layers = {name: layer for name, layer in self._layers.items() if layer.window}
+        if not layers:
+            return {}
+        counted = [layer.counted() for layer in layers.values()]
+        sums = sum_over_shards(torch.tensor(counted, dtype=torch.float64), self._weights()).tolist()
         report = {}
-        for name, layer in self._layers.items():
-            if not layer.window:
-                continue
-            module, window = layer.module, layer.window
-            magnitude, scale = module.centered().abs(), module.scale().unsqueeze(-1)
-            weights = window["steps"] * magnitude.numel()
+        for (name, layer), (flips, flip_backs, relative_scales, near_zero) in zip(layers.items(), sums, strict=True):
+            module, steps = layer.module, layer.window["steps"]
+            weights = module.weight.numel()
             report[name] = {
-                "weights": magnitude.numel(),
-                "flip_ratio": float(window["flips"]) / weights,
-                "flip_back_ratio": float(window["flip_backs"]) / weights,
-                "scale_to_mean_abs": (scale.squeeze(-1) / magnitude.mean(-1).clamp_min(1e-12)).mean().item(),
-                "near_zero_share": (magnitude < NEAR_ZERO * scale).float().mean().item(),
+                "weights": weights,
+                "flip_ratio": flips / (steps * weights),
+                "flip_back_ratio": flip_backs / (steps * weights),
+                "scale_to_mean_abs": relative_scales / len(module.weight),
+                "near_zero_share": near_zero / weights,
                 "balance_mean": module.balance.mean().item(),
                 "balance_max": module.balance.max().item(),
             }
             layer.window = {}
         return report
 
+    def _weights(self) -> list[Tensor]:
+        return [layer.module.weight for layer in self._layers.values()]
+
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
         _refuse_hidden_gradients(optimizer, args, kwargs)
-        for layer in self._layers.values():
-            module = layer.module
-            if module.weight.grad is None:  # not part of this step: the optimizer leaves the weight alone, so do we
-                continue
-            layer.signs = torch.empty(len(module.weight), _width(module), dtype=torch.bool, device=module.weight.device)
-            layer.largest_grad = torch.empty_like(module.balance)
-            scale = module.scale()
-            scales = scale.expand_as(module.balance)  # also where there is one for the tensor
-            for rows in _row_blocks(module):
-                layer.signs[rows] = is_positive(center(module.weight[rows].flatten(1), module.rule))
-                gradient = module.weight.grad[rows].flatten(1)
-                layer.largest_grad[rows] = largest_gradient(gradient, scales[rows], module.rule)
-            if self.rule.form == "gradient":
+        _require_held(optimizer, {name: layer.module for name, layer in self._layers.items()})
+        # Without gradient it is not part of this step: the optimizer leaves the weight alone, so do we.
+        layers = {name: layer for name, layer in self._layers.items() if layer.module.weight.grad is not None}
+        for name, layer in layers.items():
+            _require_fit_shards(name, layer.module)
+            layer.measure()
+        self._require_finite(layers)
+        if self.rule.form == "gradient":
+            for layer in layers.values():
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
-                    module.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
-                for rows in _held_blocks(module):
-                    _add_reconstruction(module, rows, scale)
+                    layer.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
+                scale = layer.module.scale()
+                for rows in _held_blocks(layer):
+                    _add_reconstruction(layer, rows, scale)
+
+    def _require_finite(self, layers: dict[str, _Layer]) -> None:
+        """Refuse a step that would spoil the weights, on all processes together, before anything changed."""
+        if not layers:
+            return
+        finite = {name: layer.largest_grad.isfinite().all() for name, layer in layers.items()}
+        device = next(iter(finite.values())).device
+        spoiled = torch.stack([~flag.to(device) for flag in finite.values()]).any().to(torch.int32)
+        if not sum_over_shards(spoiled, self._weights()).item():
+            return
+        for layer in layers.values():
+            layer.forget()
+        first = next((name for name, flag in finite.items() if not flag), "a layer on another process")
+        raise ValueError(
+            f"the gradient of {first or 'the layer'} holds NaN or infinity, and the step was not taken: weights, signs "
+            "and balance are those of the step before. Lower the learning rate or clip gradients; in fp16 use a "
+            "GradScaler (Trainer: fp16=True), which skips such steps, or bf16."
+        )
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
         paces = _paces(optimizer) if self.rule.form == "decoupled" else {}
-        for layer in self._layers.values():
-            if layer.signs is None:
-                continue
+        layers = [layer for layer in self._layers.values() if layer.signs is not None]
+        for layer in layers:
             module = layer.module
-            flips, flips_back = torch.zeros_like(module.balance, dtype=torch.int32).repeat(2, 1)
-            for rows in _row_blocks(module):
-                signs = is_positive(center(module.weight[rows].flatten(1), module.rule))
+            flips, flips_back = torch.zeros_like(layer.balance, dtype=torch.int32).repeat(2, 1)
+            for rows in _row_blocks(layer):
+                signs = is_positive(center(layer.weight[rows].flatten(1), module.rule))
                 flipped = layer.signs[rows].bitwise_xor_(signs)  # in place of the signs, which are done with
                 flips[rows] = _true_per_row(flipped)
                 if layer.flipped is not None:
@@ -159,20 +226,22 @@ class Resilience:
             layer.count("steps", 1)
             layer.count("flips", flips.sum())
             layer.count("flip_backs", flips_back.sum())
-            share = flips.to(module.balance.dtype) / _width(module)
+            share = flips.to(module.balance.dtype) / layer.width
             if self.rule.form == "decoupled":
-                module.balance.copy_(decoupled_share(share, self.rule))
-                self._pull(module, paces[id(module.weight)])
+                layer.balance.copy_(decoupled_share(share, self.rule))
+                self._pull(layer, paces[id(module.weight)])
             else:
-                module.balance.copy_(balance(share, layer.largest_grad, self.rule))
-            layer.flipped, layer.signs, layer.largest_grad = layer.signs, None, None
+                layer.balance.copy_(balance(share, layer.largest_grad, self.rule))
+            layer.flipped = layer.signs
+            layer.forget()
+        _share_balance([layer.module for layer in layers])
 
-    def _pull(self, module, pace: float) -> None:
+    def _pull(self, layer: _Layer, pace: float) -> None:
         """Decoupled form: move the weight toward alpha b by the normalised balance (see `decoupled_share`)."""
-        centered = module.centered()
-        rate = (self.rule.strength * pace * module.balance).clamp_(max=1.0)
-        by_weight, _ = reconstruction_gradients(centered, sign(centered), module.scale(), rate)
-        module.weight.sub_(by_weight.view(module.weight.shape))
+        centered = layer.module.centered()
+        rate = (self.rule.strength * pace * layer.balance).clamp_(max=1.0)
+        by_weight, _ = reconstruction_gradients(centered, sign(centered), layer.module.scale(), rate)
+        layer.weight.sub_(by_weight.view(layer.weight.shape))
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule | None = None) -> Resilience:
@@ -180,8 +249,9 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
 
     In each step: the task gradient is final; m_i = max_j |G_ij| and the signs are recorded; the gradient of the
     reconstruction loss with the current balance is added; the optimizer steps; flips are counted and the balance of
-    the next step is set. Works with any torch optimizer, loop, gradient accumulation, `clip_grad_norm_`, DDP and
-    `GradScaler` (whose skipped steps leave balance and signs alone).
+    the next step is set. Works with any torch optimizer, loop, gradient accumulation, `clip_grad_norm_`, DDP, FSDP2
+    (`fully_shard` first, then the optimizer, then this) and `GradScaler` (whose skipped steps leave balance and signs
+    alone). A step whose gradient is not finite is refused before it changes anything.
 
     Args:
         optimizer: a torch optimizer (or accelerate's wrapper of one) that holds the latent weights.
@@ -192,8 +262,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         The handle: `statistics()`, `reconstruction_loss()`, `detach()`.
 
     Raises:
-        ValueError: no trainable latent layer, a latent weight that the optimizer does not hold, sharded weights, or a
-            rule that is already attached to this optimizer.
+        ValueError: no trainable latent layer, a latent weight that the optimizer does not hold, `nn.DataParallel`,
+            FSDP1 or DeepSpeed, weights sharded otherwise than by rows, or a rule that is already attached to this optimizer.
 
     Example:
         >>> resilience = attach(optimizer, model)
@@ -206,7 +276,11 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
     if optimizer in _attached:
         raise ValueError("a balance rule is already attached to this optimizer; call detach() on its handle first.")
     if isinstance(model, nn.DataParallel):
-        raise ValueError("nn.DataParallel is not supported; use DistributedDataParallel (accelerate or torchrun).")
+        raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(f"FSDP1 flattens weights, and the balance belongs to rows; {USE_INSTEAD}.")
+    if type(optimizer).__module__.startswith("deepspeed") or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(f"DeepSpeed steps flat copies of the weights out of sight of the balance rule; {USE_INSTEAD}.")
     every = {_plain_name(n): m for n, m in model.named_modules() if isinstance(m, LATENT_TYPES)}
     latent = {name: module for name, module in every.items() if module.weight.requires_grad}
     if not latent:
@@ -214,17 +288,9 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
         raise ValueError(
             f"the model has no trainable latent layer: {frozen if every else 'call rebnn_hf.binarize(model) first'}."
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, module in latent.items() if id(module.weight) not in held]
-    if missing:
-        raise ValueError(
-            f"the optimizer does not hold {len(missing)} of {len(latent)} latent weights (first: {missing[0]}); "
-            "build it after binarize(), from model.parameters(), or freeze what should not train. "
-            "Sharded weights (FSDP, ZeRO) are not supported; use DDP."
-        )
-    sharded = [name for name, module in latent.items() if hasattr(module.weight, "placements")]
-    if sharded:
-        raise ValueError(f"the weight of {sharded[0]} is sharded, and flips are counted per row; use DDP, not FSDP.")
+    _require_held(optimizer, latent)
+    for name, module in latent.items():
+        _require_fit_shards(name, module)
     layers = {name: _Layer(module) for name, module in latent.items()}
     return Resilience(optimizer, layers, rule or _configured_rule(model))
 
@@ -243,47 +309,57 @@ def _true_per_row(mask: Tensor) -> Tensor:
     return mask.sum(-1, dtype=torch.int32)
 
 
-def _row_blocks(module) -> list[slice]:
+def _row_blocks(layer: _Layer) -> list[slice]:
     """Rows of a weight in blocks that stay in the cache of a CPU from one operation to the next."""
-    rows, size = len(module.weight), _rows_per_block(module)
+    rows, size = len(layer.weight), _rows_per_block(layer)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _held_blocks(module) -> Sequence[slice | Tensor]:
+def _held_blocks(layer: _Layer) -> Sequence[slice | Tensor]:
     """Blocks of the rows that have a balance: few, once training settles and few weights flip in a step.
 
     On GPUs, which would have to wait for the index, all rows; also where most have one, and picking them costs more.
     """
-    if not _in_blocks(module):
-        return _row_blocks(module)
-    held = module.balance.nonzero().squeeze(-1)
-    return _row_blocks(module) if 2 * len(held) > len(module.balance) else held.split(_rows_per_block(module))
+    if not _in_blocks(layer):
+        return _row_blocks(layer)
+    held = layer.balance.nonzero().squeeze(-1)
+    return _row_blocks(layer) if 2 * len(held) > len(layer.balance) else held.split(_rows_per_block(layer))
 
 
-def _rows_per_block(module) -> int:
-    return max(1, BLOCK // _width(module)) if _in_blocks(module) else len(module.weight)
+def _rows_per_block(layer: _Layer) -> int:
+    return max(1, BLOCK // layer.width if _in_blocks(layer) else len(layer.weight))
 
 
-def _width(module) -> int:
-    """Weights in a row: a convolution has a row for each output channel."""
-    return module.weight[0].numel()
-
-
-def _in_blocks(module) -> bool:
+def _in_blocks(layer: _Layer) -> bool:
     """Blocks do not help on GPUs, and a mean of the whole tensor depends on all rows."""
-    return module.weight.device.type == "cpu" and module.rule.center != "tensor"
+    return layer.weight.device.type == "cpu" and layer.module.rule.center != "tensor"
 
 
-def _add_reconstruction(module, rows: slice | Tensor, scale: Tensor) -> None:
+def _add_reconstruction(layer: _Layer, rows: slice | Tensor, scale: Tensor) -> None:
     """Add the gradients of L_R (A2) in some rows to those of the task."""
-    weight = module.weight[rows]
+    module, weight = layer.module, layer.weight[rows]
     centered = center(weight.flatten(1), module.rule)
     by_row = rows if module.rule.granularity == "row" else slice(None)
     # On a CPU to find the signs again is several times faster than to make floats of booleans.
-    by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale[by_row], module.balance[rows])
-    module.weight.grad[rows] += _through_centering(by_weight, module.rule).view(weight.shape)
+    by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale[by_row], layer.balance[rows])
+    layer.gradient[rows] += _through_centering(by_weight, module.rule).view(weight.shape)
     if module.weight_scale is not None and module.weight_scale.grad is not None:
-        module.weight_scale.grad[by_row] += by_scale * torch.sign(module.weight_scale[by_row])  # the layer uses |a|
+        direction = torch.sign(local(module.weight_scale)[by_row])  # the layer uses |a|
+        local(module.weight_scale.grad)[by_row] += by_scale * direction
+
+
+def _share_balance(modules: Sequence[nn.Module]) -> None:
+    """Give every process the balance of all rows, where each has found that of its own: one sum for all layers."""
+    modules = [module for module in modules if is_sharded(module.weight)]
+    if not modules:
+        return
+    parts = [torch.zeros_like(module.balance) for module in modules]
+    for module, part in zip(modules, parts, strict=True):
+        mine = local_rows(module.weight)
+        part[mine] = module.balance[mine]
+    whole = sum_over_shards(torch.cat(parts), [module.weight for module in modules])
+    for module, part in zip(modules, whole.split([len(part) for part in parts]), strict=True):
+        module.balance.copy_(part)
 
 
 def _through_centering(grad: Tensor, rule) -> Tensor:
@@ -309,6 +385,29 @@ def _paces(optimizer) -> dict[int, float]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+
+
+def _require_held(optimizer: torch.optim.Optimizer, layers: dict[str, nn.Module]) -> None:
+    """Refuse an optimizer without some of the weights, also later: DeepSpeed exchanges them behind the scenes."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = {name: module.weight for name, module in layers.items() if module.weight.requires_grad}
+    missing = [name for name, weight in trainable.items() if id(weight) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {len(missing)} of {len(trainable)} latent weights (first: {missing[0]}); "
+            "build it after binarize() and fully_shard(), from model.parameters(), or freeze what should not train. "
+            f"FSDP1 and DeepSpeed put flat copies in their place: {USE_INSTEAD}."
+        )
+
+
+def _require_fit_shards(name: str, module: nn.Module) -> None:
+    """Refuse sharded weights where what the rule needs is not on one process."""
+    require_row_shards(name, module.weight)
+    if is_sharded(module.weight) and "tensor" in (module.rule.center, module.rule.granularity):
+        raise ValueError(
+            f"{name} has one mean or scale for its whole weight, which is sharded over processes; use "
+            "scale_granularity='row' and weight_center='none' or 'row', or DistributedDataParallel."
+        )
 
 
 def _refuse_hidden_gradients(optimizer, args, kwargs) -> None:

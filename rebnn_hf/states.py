@@ -15,6 +15,7 @@ from . import kernels
 from .binarizers import engine_codes
 from .functional import SCALE_FLOOR, WeightRule, binarize_rows, center, is_positive, mean_abs_scale
 from .packing import pack_signs, packed_width, unpack_signs
+from .shards import local
 
 
 class Latent:
@@ -34,8 +35,11 @@ class Latent:
         self.reset_scale()
 
     def rows(self) -> Tensor:
-        """Latent weights as rows, [O, M]: a convolution's have one per output channel."""
-        return self.weight.flatten(1)
+        """Latent weights as rows, [O, M]: a convolution's have one per output channel.
+
+        Of weights that are sharded over processes (FSDP2), the rows of this one, here and in what is computed of them.
+        """
+        return local(self.weight).flatten(1)
 
     @torch.no_grad()
     def reset_scale(self) -> None:
@@ -48,7 +52,7 @@ class Latent:
     def scale(self) -> Tensor:
         """Scales in force, alpha > 0, without gradient: [rows] or [1]."""
         if self.weight_scale is not None:
-            return self.weight_scale.abs()
+            return local(self.weight_scale).abs()
         return mean_abs_scale(self.rows(), self.rule.granularity)
 
     @torch.no_grad()

@@ -18,17 +18,20 @@ from transformers.utils import logging
 from . import distillation
 from .binarizers import PARAMETRIC, Elastic, calibrate
 from .card import complete_card
+from .checkpoints import WholeCheckpoints
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
 from .presets import loss_fields
 from .projections import attention_loss, captured_projections, relations_loss
-from .resilience import Resilience, attach, overall
+from .resilience import USE_INSTEAD, Resilience, attach, overall
 
 logger = logging.get_logger(__name__)
 
 LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
 HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
 WEIGHTS = ("label_weight", "logits_weight", "hidden_weight", "relation_weight", "attention_weight")
+
+DEEPSPEED = f"DeepSpeed steps flat copies of the weights out of sight of the balance rule; {USE_INSTEAD}."
 
 PADDING = -1e4
 """Logit of a padding position: no probability, and finite at every temperature."""
@@ -98,6 +101,8 @@ class ReBNNTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.deepspeed:
+            raise ValueError(DEEPSPEED)
         super().__post_init__()
         for name, choices in (
             ("logits_loss", LOGITS_LOSSES),
@@ -131,7 +136,7 @@ class ReBNNTrainingArguments(TrainingArguments):
         return cls(**{**loss_fields(name), **arguments})
 
 
-class ReBNNTrainer(Trainer):
+class ReBNNTrainer(WholeCheckpoints, Trainer):
     """Trainer for models made by `rebnn_hf.binarize`.
 
     Args:
@@ -146,7 +151,8 @@ class ReBNNTrainer(Trainer):
         resilience: handle of the balance rule, once the optimizer exists (None before).
 
     Raises:
-        ValueError: a model without 1-bit layers, nothing to train on, or a teacher that is the student.
+        ValueError: a model without 1-bit layers, nothing to train on, a teacher that is the student, or a way of
+            sharing the work that the balance rule does not support.
 
     Example:
         >>> trainer = ReBNNTrainer(model=rebnn_hf.binarize(model), teacher=teacher, args=args, train_dataset=data)
@@ -164,7 +170,10 @@ class ReBNNTrainer(Trainer):
     ):
         args = args or ReBNNTrainingArguments()
         _check_arguments(args, teacher)
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
         super().__init__(model=model, args=args, **kwargs)
+        self._check_distribution()
         if self.compute_loss_func is not None and teacher is not None and args.gradient_accumulation_steps > 1:
             raise ValueError(
                 "compute_loss_func is expected to divide by the items of the whole accumulated batch, which the "
@@ -224,9 +233,26 @@ class ReBNNTrainer(Trainer):
             logs = {**logs, **self._mean_losses(), **self._oscillation()}
         super().log(logs, start_time)
 
+    def _check_distribution(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, for which transformers would take nn.DataParallel, and that "
+                f"trains copies that are thrown away; {USE_INSTEAD}, or CUDA_VISIBLE_DEVICES=0 for one GPU."
+            )
+        if self.is_deepspeed_enabled:
+            raise ValueError(DEEPSPEED)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"FSDP1 flattens weights, and the balance belongs to rows; {USE_INSTEAD}.")
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("fsdp is set, but accelerate shards nothing on this device; leave it out (DDP is used).")
+
     def _calibrate(self) -> None:
-        """Give elastic activations without one a scale, from the same examples on every process."""
-        waiting = any(isinstance(m, Elastic) and not m.calibrated for m in self.model.modules())
+        """Give elastic activations without one a scale, from the same examples on every process, and tell all of them
+        the parts of a step's batch."""
+        elastic = [module for module in self.model.modules() if isinstance(module, Elastic)]
+        for module in elastic:
+            module.batch_parts = self.args.world_size * self.args.gradient_accumulation_steps
+        waiting = any(not module.calibrated for module in elastic)
         if waiting and self.train_dataset is not None:
             collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
             calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glue_stages import read_json
-from glue_training import STATE_FILE
+
+from rebnn_hf.checkpoints import STATE_FILE
 
 RECIPES = Path(__file__).parent
 

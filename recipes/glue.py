@@ -14,7 +14,8 @@ repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from glue_job import GlueJob, Job, Logits, load_pretrained, prepare
 from glue_report import print_summary, write_report
 from glue_tasks import Task
 from glue_training import (
-    STATE_FILE,
+    DIVERGED,
     DistillationTrainer,
     FineTuningTrainer,
     Trained,
@@ -51,6 +52,7 @@ from transformers import (
 
 import rebnn_hf
 from rebnn_hf import ReBNNTrainingArguments
+from rebnn_hf.checkpoints import STATE_FILE, written_aside
 from rebnn_hf.kernels import use_backend
 
 
@@ -64,14 +66,28 @@ def main(argv: list[str] | None = None) -> None:
 def run_stages(job: Job) -> None:
     """Runs what is left to do of a job of any kind."""
     check_architecture(job)
-    job.stage("teacher", fine_tune_teacher)
-    for stage in job.arguments.distillations():
-        job.stage(stage.name, partial(distil_student, stage=stage))
-    job.stage("packed", pack_student)
-    if job.arguments.adapter.lora is not None:
-        job.stage("adapter", train_adapter)
-    report(job)
+    with unfinished_explained(job):
+        job.stage("teacher", fine_tune_teacher)
+        for stage in job.arguments.distillations():
+            job.stage(stage.name, partial(distil_student, stage=stage))
+        job.stage("packed", pack_student)
+        if job.arguments.adapter.lora is not None:
+            job.stage("adapter", train_adapter)
+        report(job)
     PartialState().destroy_process_group()
+
+
+@contextmanager
+def unfinished_explained(job: Job) -> Iterator[None]:
+    """Says in a sentence what stopped a run and how it goes on, where disk or file system refuse to take part.
+
+    Raises:
+        SystemExit: For an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"{job.run.root} is unfinished: {error}. Mend that, then the same command goes on.") from error
 
 
 def check_architecture(job: Job) -> None:
@@ -402,12 +418,25 @@ def train_logged(job: Job, trainer: Trainer, name: str) -> Trained:
 
 
 def save(job: Job, model: PreTrainedModel, stage: str) -> None:
-    """Leaves the model, with its tokenizer if it has one, in the stage's folder."""
+    """Leaves the model, with its tokenizer if it has one, in the stage's folder: each file whole or not there.
+
+    Raises:
+        SystemExit: If the training that made it diverged.
+    """
+    check_finite(model, stage)
     if job.process.is_main_process:
-        model.save_pretrained(job.run.folder(stage))
-        if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(job.run.folder(stage))
+        with written_aside(job.run.folder(stage)) as draft:
+            model.save_pretrained(draft)
+            if job.tokenizer is not None:
+                job.tokenizer.save_pretrained(draft)
     job.process.wait_for_everyone()
+
+
+def check_finite(model: PreTrainedModel, stage: str) -> None:
+    """Refuses a model with weights that are no numbers."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SystemExit(f"{stage}: {name} holds NaN or infinity. {DIVERGED}")
 
 
 def trained_record(runs: Sequence[Trained]) -> dict[str, Any]:

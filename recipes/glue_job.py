@@ -286,10 +286,13 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     run = RunFolder(arguments.run.output_dir, tuple(settings))
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
-    run.check(settings, arguments.run.overwrite)
-    process.wait_for_everyone()  # all have looked before the main process writes
-    if process.is_main_process:
-        run.begin(settings)
+    try:
+        run.check(settings, arguments.run.overwrite)
+        process.wait_for_everyone()  # all have looked before the main process writes
+        if process.is_main_process:
+            run.begin(settings)
+    except OSError as error:
+        raise SystemExit(f"--output_dir {run.root} cannot be used: {error}. Choose another one.") from error
     process.wait_for_everyone()
     return kind(arguments, task, data, tokenizer, run, teacher_folder, process)
 

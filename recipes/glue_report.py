@@ -17,11 +17,11 @@ import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
 from glue_stages import read_json, write_json
-from glue_training import STATE_FILE
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rebnn_hf
 from rebnn_hf import model_card, plot_latent_weights, plot_oscillation
+from rebnn_hf.checkpoints import STATE_FILE
 
 if TYPE_CHECKING:
     from glue_job import Job

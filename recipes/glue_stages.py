@@ -83,11 +83,14 @@ class RunFolder:
     def begin(self, settings: Settings) -> None:
         """Starts a run in a new folder, or continues the one in it.
 
-        The first stage whose settings changed and all after it are dropped; those before it are kept.
+        The first stage whose settings changed and all after it are dropped; those before it are kept. Results of a
+        run that is not complete any more are dropped too.
         """
         changes = self._changes(settings)
         if changes:
             self._drop_from(next(iter(changes)))
+        if any(self.record(stage) is None for stage in self.stages):
+            self.results_file.unlink(missing_ok=True)
         write_json(self.settings_file, settings)
 
     def _changes(self, settings: Settings) -> dict[str, list[str]]:

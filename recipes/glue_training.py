@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -26,10 +27,13 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from rebnn_hf import ReBNNTrainer
+from rebnn_hf.checkpoints import CHECKPOINTS, DRAFT, WholeCheckpoints, newest_checkpoint, read_state
 
-CHECKPOINT = "checkpoint-*"
-STATE_FILE = "trainer_state.json"
 EVALUATION_BATCH = 64
+DIVERGED = (
+    "The training diverged: pass a lower --learning_rate or --teacher_learning_rate, and --overwrite. If it already "
+    "started with such weights, the given model holds them."
+)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -102,7 +106,7 @@ class LengthGrouped(OwnSampler):
         )
 
 
-class FineTuningTrainer(LengthGrouped, Trainer):
+class FineTuningTrainer(LengthGrouped, WholeCheckpoints, Trainer):
     """Fine-tunes the float teacher."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -155,21 +159,14 @@ class StageClock(TrainerCallback, ExportableState):
         return state.stateful_callbacks[cls.__name__]["args"]["earlier"]
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
-    """The newest complete checkpoint in `folder` and its state.
+class StopWhereDiverged(TrainerCallback):
+    """Ends a training that only goes on computing with NaN, in place of the Trainer, which would finish it."""
 
-    The Trainer writes a checkpoint in place and its state file last: a checkpoint whose state cannot be read was
-    interrupted and is passed over.
-    """
-    newest = None
-    for path in folder.glob(CHECKPOINT):
-        try:
-            state = TrainerState.load_from_json(str(path / STATE_FILE))
-        except (OSError, ValueError, TypeError):
-            continue
-        if newest is None or state.global_step > newest[1].global_step:
-            newest = path, state
-    return newest
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **kwargs) -> None:
+        """Looks at the norm of the gradients, which is the same in all processes."""
+        norm = (logs or {}).get("grad_norm", 0.0)
+        if not math.isfinite(norm):
+            raise SystemExit(f"{args.output_dir}: gradients of norm {norm} in step {state.global_step}. {DIVERGED}")
 
 
 @dataclass(frozen=True)
@@ -188,30 +185,32 @@ class Trained:
 
 
 def train(trainer: Trainer, folder: Path) -> Trained:
-    """Trains to the end, from the newest complete checkpoint in `folder` on if there is one."""
+    """Trains to the end, from the newest whole checkpoint in `folder` on if there is one."""
     resumed = newest_checkpoint(folder)
     trainer.accelerator.wait_for_everyone()  # all have looked before anyone writes
     if trainer.is_world_process_zero():
-        remove_checkpoints(folder, keep=resumed and resumed[0])  # the Trainer may take an unfinished one for the newest
-    earlier = StageClock.read(resumed[1]) if resumed else 0.0
+        remove_checkpoints(folder, keep=resumed)
+    state = read_state(resumed) if resumed else None
+    earlier = StageClock.read(state) if state else 0.0
     trainer.add_callback(StageClock(earlier))
-    if resumed is None:
+    trainer.add_callback(StopWhereDiverged())
+    if state is None:
         trainer.train()
-    elif resumed[1].global_step < resumed[1].max_steps:
+    elif state.global_step < state.max_steps:
         if trainer.is_world_process_zero():
-            print(f"continuing from step {resumed[1].global_step} of {resumed[1].max_steps}")
-        trainer.train(resume_from_checkpoint=str(resumed[0]))
+            print(f"continuing from step {state.global_step} of {state.max_steps}")
+        trainer.train(resume_from_checkpoint=str(resumed))
     trainer.accelerator.wait_for_everyone()  # the last checkpoint is written
     last = newest_checkpoint(folder)
     if last is None:
         raise RuntimeError(f"the training left no checkpoint in {folder}")
-    return Trained(*last, earlier)
+    return Trained(last, read_state(last), earlier)
 
 
 def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
     """Deletes the checkpoints below `folder` but `keep`: with the optimizer's state each takes three times a model."""
-    for path in list(folder.rglob(CHECKPOINT)):
-        if path != keep:
+    for path in [*folder.rglob(CHECKPOINTS), *folder.rglob(DRAFT)]:
+        if path != keep and path.exists():  # a checkpoint in a draft went with it
             shutil.rmtree(path)
 
 

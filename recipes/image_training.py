@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 
 from rebnn_hf import ReBNNTrainer
+from rebnn_hf.checkpoints import WholeCheckpoints
 from rebnn_hf.distillation import soft_cross_entropy
 
 
@@ -46,11 +47,11 @@ class Shuffled(OwnSampler):
         return EpochSampler(len(self.train_dataset), epoch, self.args.seed)
 
 
-class TeacherTrainer(Shuffled, Trainer):
+class TeacherTrainer(Shuffled, WholeCheckpoints, Trainer):
     """Trains the float model on the labels."""
 
 
-class StageOneTrainer(Shuffled, Trainer):
+class StageOneTrainer(Shuffled, WholeCheckpoints, Trainer):
     """Distils a student with float weights and 1-bit activations.
 
     The loss is the distributional one of ReActNet (D4), the optimizer Adam whose weight decay is added to the gradients

@@ -11,11 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "rebnn_hf"
 FLOORS = {
     "architecture": 0,
     "auto_classes": 0,
+    "checkpoints": 0,
     "distillation": 0,
     "functional": 0,
     "notebook": 0,
     "packing": 0,
     "presets": 0,
+    "shards": 0,
     "timing": 0,
     "activations": 1,
     "hub": 1,

@@ -36,6 +36,7 @@ from transformers import (
 
 import rebnn_hf
 from rebnn_hf import kernels
+from rebnn_hf.checkpoints import STATE_FILE, newest_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -47,12 +48,10 @@ from glue_job import GlueJob
 from glue_stages import STAGES, RunFolder, read_json, write_json
 from glue_tasks import get_task
 from glue_training import (
-    STATE_FILE,
     CompactProgress,
     FineTuningTrainer,
     LengthGroupedSampler,
     log_line,
-    newest_checkpoint,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -828,17 +827,6 @@ def test_processes_share_the_batch_of_one():
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
 def test_sampler_of_few_examples(size):
     assert sorted(LengthGroupedSampler([5] * size, 8, lambda: 0, 0)) == list(range(size))
-
-
-def test_unfinished_checkpoints_are_passed_over(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    for step in (5, 10, 15):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    write_json(tmp_path / "checkpoint-5" / STATE_FILE, {"global_step": 5})
-    write_json(tmp_path / "checkpoint-10" / STATE_FILE, {"global_step": 10})
-    (tmp_path / "checkpoint-15" / STATE_FILE).write_text('{"global_st')
-    path, state = newest_checkpoint(tmp_path)
-    assert path.name == "checkpoint-10" and state.global_step == 10
 
 
 def test_json_is_replaced_in_one_step(tmp_path):
