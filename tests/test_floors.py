@@ -40,7 +40,7 @@ FLOORS = {
     "vision": 8,
 }
 
-INSIDE = {"vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"]}
+INSIDE = {"vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet", "detection"]}
 """Files of folders in which files import each other: only those before them."""
 
 
