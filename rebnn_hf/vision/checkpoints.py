@@ -94,6 +94,7 @@ def _in_shape_of(own: Tensor | None, value: Tensor) -> Tensor:
 
 
 def require_keys(keys: Set[str], expected: Set[str]) -> None:
+    """Raise a ValueError that says what a checkpoint has too few or too many of."""
     missing, unexpected = sorted(expected - keys), sorted(keys - expected)
     if not missing and not unexpected:
         return

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
@@ -132,7 +131,7 @@ class FasterRCNNForObjectDetection(PreTrainedModel):
     config: FasterRCNNConfig
     config_class = FasterRCNNConfig
     base_model_prefix = "backbone"
-    main_input_name = "pixel_values"
+    main_input_name = "images"  # not pixel_values: the Trainer counts what is in the main input, and this is a list
     input_modalities = ("image",)
 
     def __init__(self, config: FasterRCNNConfig):
