@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -55,7 +56,8 @@ class FasterRCNNConfig(PreTrainedConfig):
     """What a `FasterRCNNForObjectDetection` is made of.
 
     Args:
-        backbone: name of a model in timm, with at least four levels of features, of which the last four are used.
+        backbone: name of a model in timm, whose last four levels of features are used, each half as large as the one
+            before.
         backbone_args: arguments for `timm.create_model`, for example `{"stem": "cifar"}`.
         min_size: images are resized until their shorter side has this size,
         max_size: or their longer side has this one.
@@ -121,7 +123,7 @@ class FasterRCNNForObjectDetection(PreTrainedModel):
     torchvision start it.
 
     Raises:
-        ValueError: a backbone without four levels of features.
+        ValueError: a backbone without four such levels of features.
 
     Example:
         >>> model = FasterRCNNForObjectDetection(FasterRCNNConfig(backbone="rebnn_resnet18", num_labels=20))
@@ -190,13 +192,16 @@ class FasterRCNNForObjectDetection(PreTrainedModel):
 
 def _channels(backbone: nn.Module, config: FasterRCNNConfig) -> list[int]:
     """Of the levels that the pyramid reads."""
-    levels = list(getattr(backbone, "feature_info", ()))
-    if len(levels) < len(LEVELS) or not hasattr(backbone, "forward_intermediates"):
+    levels = list(getattr(backbone, "feature_info", ()))[-len(LEVELS) :]
+    reductions = [level["reduction"] for level in levels]
+    halving = all(coarse == 2 * fine for fine, coarse in pairwise(reductions))
+    if len(levels) < len(LEVELS) or not halving or not hasattr(backbone, "forward_intermediates"):
         raise ValueError(
-            f"backbone={config.backbone!r} gives {len(levels)} levels of features; expected a model of timm with "
-            f"forward_intermediates() and at least {len(LEVELS)} levels, such as 'rebnn_resnet18' or 'resnet18'."
+            f"backbone={config.backbone!r} has features of 1/{', 1/'.join(map(str, reductions))} of the image's size; "
+            f"expected a model of timm with forward_intermediates() and {len(LEVELS)} levels, each half as large as the "
+            "one before, such as 'rebnn_resnet18' or 'resnet18'."
         )
-    return [level["num_chs"] for level in levels[-len(LEVELS) :]]
+    return [level["num_chs"] for level in levels]
 
 
 def _detector(fpn: FeaturePyramidNetwork, config: FasterRCNNConfig) -> FasterRCNN:
