@@ -198,8 +198,8 @@ def _channels(backbone: nn.Module, config: FasterRCNNConfig) -> list[int]:
     if len(levels) < len(LEVELS) or not halving or not hasattr(backbone, "forward_intermediates"):
         raise ValueError(
             f"backbone={config.backbone!r} has features of 1/{', 1/'.join(map(str, reductions))} of the image's size; "
-            f"expected a model of timm with forward_intermediates() and {len(LEVELS)} levels, each half as large as the "
-            "one before, such as 'rebnn_resnet18' or 'resnet18'."
+            f"expected a model of timm with forward_intermediates() and {len(LEVELS)} levels, each half as large as "
+            "the one before, such as 'rebnn_resnet18' or 'resnet18'."
         )
     return [level["num_chs"] for level in levels]
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,27 +22,35 @@ pytest.importorskip("datasets", reason="needs the extra rebnn_hf[recipes]")
 import timm
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from timm.models import register_model
 from transformers import AutoModelForObjectDetection, TimmWrapperConfig, TimmWrapperForImageClassification
 
 import rebnn_hf
 from rebnn_hf.kernels import use_backend
+from rebnn_hf.vision import resnet
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import detection
 from detection_arguments import parse_detection_arguments
 from detection_data import load_shapes, spread
-from detection_scores import score
 from glue_stages import RunFolder, read_json
 from glue_training import STATE_FILE, CompactProgress
 
 STAGES = ("stage-1", "latent", "packed")
-TRAINED, EVALUATED, STEPS = 8, 3, 4
-SMALL = (
-    f"--max_train_samples {TRAINED} --max_eval_samples {EVALUATED} --batch_size 2 --max_steps {STEPS} --save_steps 2"
-)
-SMALL = [*SMALL.split(), *"--logging_steps 1 --seed 3 --min_size 64 --max_size 64 --fpn_channels 16".split()]
-SMALL = [*SMALL, *"--head_size 32 --anchor_sizes 8 16 32 64 128".split()]
+TRAINED, EVALUATED, STEPS = 6, 2, 3
+SMALL = f"""
+    --max_train_samples {TRAINED} --max_eval_samples {EVALUATED} --batch_size 2 --max_steps {STEPS} --save_steps 2
+    --logging_steps 1 --seed 3 --min_size 64 --max_size 64 --fpn_channels 8 --head_size 32
+    --anchor_sizes 8 16 32 64 128 --learning_rate 1e-4 --stage_one_learning_rate 1e-4
+""".split()
+BACKBONE, LAYERS = "short_rebnn_resnet", 4
+
+
+@register_model
+def short_rebnn_resnet(pretrained=False, **kwargs):
+    """`rebnn_resnet18` with a fourth of its layers."""
+    return resnet._create("rebnn_resnet18", pretrained, (1, 1, 1, 1), rebnn_hf.WeightRule(), **kwargs)
 
 
 def run(folder: Path, *options: str) -> dict:
@@ -63,7 +72,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("shapes") / "run"
-    return SimpleNamespace(folder=folder, results=run(folder))
+    return SimpleNamespace(folder=folder, results=run(folder, "--model", BACKBONE))
 
 
 @pytest.fixture
@@ -71,13 +80,19 @@ def copied(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "copy"))
 
 
-def detections_of(folder: Path, shapes: Path) -> tuple[list, list]:
-    """Validation images and what a saved model finds on them."""
+def detections_of(folder: Path, shapes: Path) -> list[dict[str, np.ndarray]]:
+    """What a saved model finds on the validation images."""
     images = spread(load_shapes(shapes)[1]["validation"], EVALUATED)
     model = AutoModelForObjectDetection.from_pretrained(folder)
     with torch.no_grad():
         found = [model([image.pixels()]).detections[0] for image in images]
-    return images, [{name: tensor.numpy() for name, tensor in one.items()} for one in found]
+    return [{name: tensor.numpy() for name, tensor in one.items()} for one in found]
+
+
+def assert_same(found: list[dict[str, np.ndarray]], expected: list[dict[str, np.ndarray]]) -> None:
+    assert len(found) == len(expected) and all(len(one["boxes"]) for one in found)
+    for one, other in zip(found, expected, strict=True):
+        assert all((one[name] == other[name]).all() for name in ("boxes", "labels", "scores"))
 
 
 # ------------------------------------------------------------------------------------------------------- a whole run
@@ -90,21 +105,26 @@ def test_folder_holds_what_it_should_and_nothing_else(finished):
     assert (finished.folder / "oscillation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scores_are_those_of_the_saved_folders(finished, tmp_path):
-    for stage in ("stage-1", "packed"):
-        images, found = detections_of(finished.folder / stage, tmp_path)
-        scores = score(images, found, ("disc", "rectangle"))
-        assert finished.results["scores"][stage] == pytest.approx(scores.means), stage
-        assert finished.results["scores_by_class"][stage] == pytest.approx(scores.by_class)
+def test_scores_are_those_of_what_the_saved_folder_finds(finished, tmp_path):
+    """After three steps next to nothing is found: that scores are right, the objects themselves have to show."""
+    options = ["--output_dir", str(finished.folder), *SMALL, "--model", BACKBONE]
+    job = detection.prepare_detection(parse_detection_arguments(options))
+    found = detections_of(finished.folder / "packed", tmp_path)
+    assert_same(job.validate(job.load(finished.folder / "packed")), found)
+    scores = job.score(found)
+    assert finished.results["scores"]["packed"] == pytest.approx(scores.means)
+    assert finished.results["scores_by_class"]["packed"] == pytest.approx(scores.by_class)
+    perfect = [
+        {"boxes": image.boxes, "labels": image.labels, "scores": np.full(len(image.labels), 0.5)}
+        for image in job.data["validation"]
+    ]
+    assert job.score(perfect).means == {"mAP": pytest.approx(1), "AP50": pytest.approx(1), "AP75": pytest.approx(1)}
 
 
 def test_the_packed_folder_finds_what_the_latent_one_does(finished, tmp_path):
     with use_backend("reference"):
-        _, packed = detections_of(finished.folder / "packed", tmp_path)
-        _, latent = detections_of(finished.folder / "latent", tmp_path)
-    assert all(len(one["boxes"]) for one in packed)
-    for one, other in zip(packed, latent, strict=True):
-        assert all((one[name] == other[name]).all() for name in ("boxes", "labels", "scores"))
+        packed, latent = (detections_of(finished.folder / stage, tmp_path) for stage in ("packed", "latent"))
+    assert_same(packed, latent)
     assert finished.results["largest_difference"] == 0
 
 
@@ -112,13 +132,13 @@ def test_results_say_how_they_were_made(finished):
     results = finished.results
     assert results["examples"] == {"train": TRAINED, "validation": EVALUATED} and results["task"] == "shapes"
     assert results["steps"] == {"stage-1": STEPS, "latent": STEPS} and results["classes"] == ["disc", "rectangle"]
-    assert results["bytes"]["packed"] < results["bytes"]["latent"] / 15
-    assert results["arguments"]["min_size"] == 64 and results["arguments"]["learning_rate"] == 1e-3
+    assert results["bytes"]["packed"] < results["bytes"]["latent"] / 4
+    assert results["arguments"]["min_size"] == 64 and results["arguments"]["weight_decay"] == 1e-4
     assert {"timm", "torchvision"} <= results["versions"].keys() and results["oscillation"]["flips_per_weight"] > 0
 
 
 def test_losses_are_logged_by_part_and_the_card_says_what_is_one_bit(finished):
-    for stage, more in (("stage-1", 0), ("latent", 16)):
+    for stage, more in (("stage-1", 0), ("latent", LAYERS)):
         logs = read_json(finished.folder / stage / STATE_FILE)["log_history"][:STEPS]
         assert sum(key.startswith("flip_ratio/") for key in logs[0]) == more
         for log in logs:
@@ -132,17 +152,17 @@ def test_losses_are_logged_by_part_and_the_card_says_what_is_one_bit(finished):
     )
 
 
-def test_the_last_stage_begins_with_what_the_first_learned(finished, copied):
-    """Where it learns nothing, all that is left of it are the tensors of stage one and scales made of them."""
-    run(copied, "--learning_rate", "1e-30", "--weight_decay", "0", "--overwrite")
-    first, last = weights(copied / "stage-1"), weights(copied / "latent")
+def test_the_last_stage_begins_with_what_the_first_learned(finished):
+    options = ["--output_dir", str(finished.folder), *SMALL, "--model", BACKBONE]
+    job = detection.prepare_detection(parse_detection_arguments(options))
+    model = job.new_binary_model()
+    detection.continue_stage_one(model, job.load(finished.folder / "stage-1"))
+    first, last = weights(finished.folder / "stage-1"), model.state_dict()
     made = {name for name in last if name.endswith((".weight_scale", ".balance"))}
-    assert last.keys() - made == first.keys() and len(made) == 2 * 16
-    for name in first:
-        if not name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
-            torch.testing.assert_close(last[name], first[name], rtol=0, atol=1e-20, msg=name)
-    scale = last["backbone.stages.3.2.conv.weight_scale"]
-    torch.testing.assert_close(scale, first["backbone.stages.3.2.conv.weight"].abs().mean((1, 2, 3)))
+    assert len(made) == 2 * LAYERS
+    assert_equal({name: value for name, value in last.items() if name not in made}, first)
+    scale = last["backbone.stages.3.0.conv.weight_scale"]
+    torch.testing.assert_close(scale, first["backbone.stages.3.0.conv.weight"].abs().mean((1, 2, 3)))
 
 
 # ----------------------------------------------------------------------------------------------------- running again
@@ -150,17 +170,17 @@ def test_the_last_stage_begins_with_what_the_first_learned(finished, copied):
 
 def test_same_command_repeats_nothing_and_another_one_is_refused(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*.safetensors")}
-    assert run(finished.folder) == finished.results
+    assert run(finished.folder, "--model", BACKBONE) == finished.results
     output = capsys.readouterr().out
     assert output.count("already complete") == 3 and "| packed" in output and "| disc" in output
     with pytest.raises(SystemExit, match="balance_rule: None -> const"):
-        run(finished.folder, "--balance_rule", "const", "--balance_value", "1e-4")
+        run(finished.folder, "--model", BACKBONE, "--balance_rule", "const", "--balance_value", "1e-4")
     assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*.safetensors")} == before
 
 
 @pytest.mark.slow
 def test_interrupted_training_continues_to_the_same_weights(finished, copied, monkeypatch, capsys):
-    """Both stages are stopped in their third step, behind the checkpoint of the second."""
+    """Stopped in the third step, behind the checkpoint of the second."""
 
     def stop(self, args, state, control, logs, **kwargs):
         if state.global_step == 3 and "loss" in logs:
@@ -171,10 +191,10 @@ def test_interrupted_training_continues_to_the_same_weights(finished, copied, mo
     (copied / "results.json").unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CompactProgress, "on_log", stop)
-        run(copied)
+        run(copied, "--model", BACKBONE)
     assert RunFolder(copied, STAGES).record("stage-1") is None and not (copied / "results.json").exists()
-    results = run(copied)
-    assert "continuing from step 2 of 4" in capsys.readouterr().out
+    results = run(copied, "--model", BACKBONE)
+    assert "continuing from step 2 of 3" in capsys.readouterr().out
     for name in STAGES:
         assert_equal(weights(copied / name), weights(finished.folder / name))
     assert results["scores"] == finished.results["scores"]
@@ -188,17 +208,17 @@ def test_the_float_baseline_is_the_same_command_with_a_float_backbone(tmp_path):
     assert results["scores"].keys() == {"float"} and "size" not in results and results["steps"] == {"float": STEPS}
     model = AutoModelForObjectDetection.from_pretrained(tmp_path / "run" / "float")
     assert model.config.backbone == "test_resnet" and model.config.id2label == {0: "disc", 1: "rectangle"}
-    assert "In float" not in ModelCard.load(tmp_path / "run" / "float" / "README.md").text
+    assert "What is 1-bit" not in ModelCard.load(tmp_path / "run" / "float" / "README.md").text
     with pytest.raises(SystemExit, match="--balance_rule does nothing: the backbone test_resnet is float"):
         run(tmp_path / "other", "--model", "test_resnet", "--balance_rule", "none")
 
 
 def classifier(folder: Path, **model_args) -> Path:
     """What `image_classification.py` leaves of a stage."""
-    config = TimmWrapperConfig(architecture="rebnn_resnet18", num_labels=3, model_args=model_args)
+    config = TimmWrapperConfig(architecture=BACKBONE, num_labels=3, model_args=model_args)
     config.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     model = TimmWrapperForImageClassification(config)
-    model.timm_model = timm.create_model("rebnn_resnet18", num_classes=3, **model_args)
+    model.timm_model = timm.create_model(BACKBONE, num_classes=3, **model_args)
     if model_args.get("binary_weights", True):
         rebnn_hf.binarize(model)
     model.save_pretrained(folder)
@@ -207,18 +227,19 @@ def classifier(folder: Path, **model_args) -> Path:
 
 def test_a_latent_classifier_is_where_the_detector_begins(tmp_path):
     source = classifier(tmp_path / "latent")
-    results = run(tmp_path / "run", "--backbone", str(source), "--learning_rate", "1e-30", "--weight_decay", "0")
-    assert results["scores"].keys() == {"latent", "packed"} and results["steps"] == {"latent": STEPS}
+    options = ["--backbone", str(source), "--max_steps", "1", "--learning_rate", "1e-30", "--weight_decay", "0"]
+    results = run(tmp_path / "run", *options)
+    assert results["scores"].keys() == {"latent", "packed"} and results["steps"] == {"latent": 1}
     given, learned = weights(source), weights(tmp_path / "run" / "latent")
     convs = [name for name in given if name.endswith((".conv.weight", ".weight_scale"))]
-    assert len(convs) == 1 + 2 * 16
+    assert len(convs) == 1 + 2 * LAYERS
     for name in convs:
         own = learned[name.replace("timm_model.", "backbone.")]
         torch.testing.assert_close(own, given[name], rtol=0, atol=1e-20, msg=name)
     config = AutoModelForObjectDetection.from_pretrained(tmp_path / "run" / "packed").config
-    assert config.image_mean == [0.5, 0.5, 0.5] and config.backbone == "rebnn_resnet18"
+    assert config.image_mean == [0.5, 0.5, 0.5] and config.backbone == BACKBONE
     with pytest.raises(
-        SystemExit, match="--backbone .*packed is packed and cannot be trained: pass the folder `latent`"
+        SystemExit, match=r"--backbone .*packed is packed and cannot be trained: pass the folder `latent`"
     ):
         model = TimmWrapperForImageClassification.from_pretrained(source)
         rebnn_hf.pack(model).save_pretrained(tmp_path / "packed")
