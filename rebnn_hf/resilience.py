@@ -263,7 +263,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
 
     Raises:
         ValueError: no trainable latent layer, a latent weight that the optimizer does not hold, `nn.DataParallel`,
-            FSDP1 or DeepSpeed, weights sharded otherwise than by rows, or a rule that is already attached to this optimizer.
+            FSDP1 or DeepSpeed, weights sharded otherwise than by rows, or a rule that is already attached to this
+            optimizer.
 
     Example:
         >>> resilience = attach(optimizer, model)

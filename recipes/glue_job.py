@@ -20,7 +20,7 @@ from glue_arguments import Arguments
 from glue_files import custom_task, load_files
 from glue_grammar import build_demo_tokenizer
 from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
-from glue_stages import RunFolder
+from glue_stages import RunFolder, Settings
 from glue_tasks import GlueTask, Task, get_task, load_task
 from glue_training import device_arguments, predict, remove_checkpoints
 from huggingface_hub import snapshot_download
@@ -50,6 +50,7 @@ class Job(ABC):
         usage: Code that loads and uses the packed model, for its card.
         libraries: Modules a result depends on beside those of every recipe.
         tokenizer: None where the inputs are no texts.
+        teacher_folder: None where there is no teacher.
     """
 
     script: ClassVar[str]
@@ -64,7 +65,7 @@ class Job(ABC):
     data: DatasetDict
     tokenizer: PreTrainedTokenizerBase | None
     run: RunFolder
-    teacher_folder: Path
+    teacher_folder: Path | None
     process: PartialState
 
     def stage(self, name: str, action: Callable[[Job], dict[str, Any]]) -> None:
@@ -274,7 +275,7 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     Raises:
         SystemExit: If data or tokenizer cannot be loaded, or the folder holds a run with other settings.
     """
-    process = PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
+    process = start_process()
     with process.main_process_first():
         task, data = kind.load_data(arguments)
     arguments.fill_in(task)
@@ -286,15 +287,29 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     run = RunFolder(arguments.run.output_dir, tuple(settings))
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
+    begin(run, settings, arguments.run.overwrite, process)
+    return kind(arguments, task, data, tokenizer, run, teacher_folder, process)
+
+
+def start_process() -> PartialState:
+    """This process among those of the run."""
+    return PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
+
+
+def begin(run: RunFolder, settings: Settings, overwrite: bool, process: PartialState) -> None:
+    """Begins or continues the run in its folder.
+
+    Raises:
+        SystemExit: If the folder cannot be used, or holds a run with other settings and `overwrite` does not give it up.
+    """
     try:
-        run.check(settings, arguments.run.overwrite)
+        run.check(settings, overwrite)
         process.wait_for_everyone()  # all have looked before the main process writes
         if process.is_main_process:
             run.begin(settings)
     except OSError as error:
         raise SystemExit(f"--output_dir {run.root} cannot be used: {error}. Choose another one.") from error
     process.wait_for_everyone()
-    return kind(arguments, task, data, tokenizer, run, teacher_folder, process)
 
 
 def check_processes(arguments: Arguments, process: PartialState) -> None:

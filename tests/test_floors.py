@@ -50,7 +50,7 @@ FLOORS = {
 
 INSIDE = {
     "cli": ["output", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
-    "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet"],
+    "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet", "detection"],
 }
 """Files of folders in which files import each other: only those before them."""
 

@@ -40,7 +40,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: BinaryBackbone) -
         balances = {key: value for key, value in model.state_dict().items() if key.endswith(".balance")}
         state = {**{key: torch.zeros_like(value, device="cpu") for key, value in balances.items()}, **state}
     classifier = {"head.fc.weight", "head.fc.bias"}
-    _require(state.keys() - classifier, model.state_dict().keys() - classifier)
+    require_keys(state.keys() - classifier, model.state_dict().keys() - classifier)
     return state
 
 
@@ -62,7 +62,7 @@ def load_stage_one(model: BinaryBackbone, state_dict: Mapping[str, Any]) -> None
     state, _ = _in_our_names(state_dict, model)
     own = model.state_dict()
     fresh = {f"{name}.{made}" for name in convs for made in ("weight_scale", "balance")} & own.keys()
-    _require(state.keys(), own.keys() - fresh)
+    require_keys(state.keys(), own.keys() - fresh)
     if wrong := [key for key, value in state.items() if value.shape != own[key].shape]:
         sizes = f"{tuple(state[wrong[0]].shape)} in place of {tuple(own[wrong[0]].shape)}"
         raise ValueError(f"{len(wrong)} tensors of the state dict have other shapes (first: {wrong[0]}, {sizes}).")
@@ -93,7 +93,8 @@ def _in_shape_of(own: Tensor | None, value: Tensor) -> Tensor:
     return value.reshape(own.shape) if own is not None and flat and own.numel() == value.numel() else value
 
 
-def _require(keys: Set[str], expected: Set[str]) -> None:
+def require_keys(keys: Set[str], expected: Set[str]) -> None:
+    """Raise a ValueError that says what a checkpoint has too few or too many of."""
     missing, unexpected = sorted(expected - keys), sorted(keys - expected)
     if not missing and not unexpected:
         return
