@@ -153,8 +153,11 @@ def who_computes(model: PreTrainedModel) -> str:
     """Whether the engine or the reference computes the 1-bit layers of a packed model, in a sentence."""
     counts = Counter(place for place in places(model, random_inputs(model, 1, 4)).values() if place != "float")
     layers = "; ".join(f"{count} layers {PLACES[place]}" for place, count in counts.items())
-    threads = torch.get_num_threads()
-    return (
-        f"The 1-bit layers are computed by {BACKENDS[kernels.backend()]} (backend {backend_and_why()}): {layers}. "
-        f"{threads} thread{'s' if threads > 1 else ''}."
-    )
+    return f"The 1-bit layers are computed by {BACKENDS[kernels.backend()]} (backend {backend_and_why()}): {layers}."
+
+
+def how_measured() -> str:
+    """What the times are, in a sentence."""
+    number = torch.get_num_threads()
+    threads = "1 thread" if number == 1 else f"{number} threads"
+    return f"Times are medians of {ROUNDS} turns of each model, without the tokenizer, on {threads}."
