@@ -45,6 +45,8 @@ PAIR = ("the critics loved the film", "the critics hated the film")
 SMALL = ["--max_train_samples", "320", "--max_eval_samples", "8", "--teacher_epochs", "1"]
 SMALL += ["--max_steps", "2", "--learning_rate", "0.01"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+MISSING += ["Chromium"] if CHROMIUM is None else []
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -302,8 +304,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture(scope="module")
 def served(run_folder, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """The script, as its users run it, and the network it uses: by default all would be allowed."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed")
     network = tmp_path_factory.mktemp("served") / "network.txt"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRADIO_"))}
     paths = [str(ROOT), str(ROOT / "recipes"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -321,16 +321,16 @@ def served(run_folder, tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture
-def browser(served):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as driver:
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield browser
         browser.close()
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"no {', no '.join(MISSING)}")
 def test_the_page_in_a_browser(served, run_folder, browser):
     page, asked = browser.new_page(), []
     page.set_default_timeout(90_000)
