@@ -300,7 +300,7 @@ def begin(run: RunFolder, settings: Settings, overwrite: bool, process: PartialS
     """Begins or continues the run in its folder.
 
     Raises:
-        SystemExit: If the folder cannot be used, or holds a run with other settings and `overwrite` does not give it up.
+        SystemExit: If the folder cannot be used, or holds a run with other settings that `overwrite` does not give up.
     """
     try:
         run.check(settings, overwrite)
