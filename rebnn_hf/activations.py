@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import Ties, check_choices, sign, through_window
+from .functional import Ties, check_fields, sign, through_window
 
 ACTIVATION_SCALE_FLOOR = 1e-5
 """Smallest scale of an elastic activation (BiT C1)."""
@@ -51,7 +51,7 @@ class ActivationRule:
     ties: Ties = "up"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.bits not in BITS[self.kind]:
             raise ValueError(
                 f"activation={self.kind!r} with activation_bits={self.bits!r} is not possible; "
