@@ -12,6 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..architecture import block_prefixes
 from ..binarizers import PARAMETRIC, Elastic
+from ..config import ReBNNConfig
 from ..fusion import fuse
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
@@ -86,6 +87,7 @@ class ReBNNQuantizer(HfQuantizer):
                 _check_finite(name, module)
             if isinstance(module, Elastic):
                 module.check_calibration()
+                _check_calibrated(name, module, self.quantization_config)
         if not self.pre_quantized:
             untie_binary_embeddings(model)
         elif self.quantization_config.state == "packed":
@@ -123,7 +125,7 @@ def _check_blocks(model: PreTrainedModel) -> None:
 
 def _check_types(model: PreTrainedModel, floats: list[str]) -> None:
     """transformers keeps integers as they are in the file, wherever they go."""
-    tensors = model.state_dict()
+    tensors = model.state_dict(keep_vars=True)
     for name in floats:
         if not tensors[name].is_floating_point():
             raise ValueError(f"{name} is {tensors[name].dtype} in the checkpoint; expected floating point numbers.")
@@ -141,7 +143,8 @@ def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _is_from_file(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, "_is_hf_initialized", False)
+    """Whether transformers read it; what it leaves on the meta device is read from the file when it is needed."""
+    return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
 
 
 def _lacks(missing: list[str]) -> str:
@@ -163,5 +166,10 @@ def _check_finite(name: str, module: torch.nn.Module) -> None:
     if not isinstance(module, LATENT_TYPES + PACKED_TYPES + PARAMETRIC):
         return
     for key, tensor in _own_tensors(module).items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}.{key} holds NaN or infinity; the checkpoint was damaged.")
+
+
+def _check_calibrated(name: str, module: Elastic, config: ReBNNConfig) -> None:
+    if config.state == "packed" and not module.calibrated and not module.scale.is_meta:
+        raise ValueError(f"{name}.scale is 0, and a packed model has scales; the checkpoint was damaged.")

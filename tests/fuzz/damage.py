@@ -343,11 +343,33 @@ def _take_out(random: Random, tensors: bytes) -> bytes:
     """A tensor with its data: the file is sound, and lacks something."""
     header, data = parts_of(tensors)
     name = random.choice([name for name in sorted(header) if name != "__metadata__"])
+    return joined(header, replaced(header, data, name, b"", None))
+
+
+def _convert(random: Random, tensors: bytes) -> bytes:
+    """Data of another size with a dtype and shape that go with them: the file is sound, and does not fit the model."""
+    header, data = parts_of(tensors)
+    name = random.choice([name for name in sorted(header) if name != "__metadata__"])
+    shape = list(header[name]["shape"])
+    if random.random() < 0.5:
+        shape = random.choice((shape[::-1], [_product(shape)], [*shape, 1], [size + 1 for size in shape], [0], []))
+    dtype, size = random.choice(
+        (("U8", 1), ("BOOL", 1), ("F8_E5M2", 1), ("F16", 2), ("I32", 4), ("F64", 8), ("C64", 8))
+    )
+    content = bytes(random.choice((0, 1, 63)) for _ in range(size)) * _product(shape)
+    return joined(header, replaced(header, data, name, content, {"dtype": dtype, "shape": shape}))
+
+
+def replaced(header: dict, data: bytes, name: str, content: bytes, entry: dict | None) -> bytes:
+    """Data with other content for a tensor; the header is changed to fit, None takes the tensor out of it."""
     begin, end = header.pop(name)["data_offsets"]
-    for entry in header.values():
-        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
-            entry["data_offsets"] = [offset - (end - begin) for offset in entry["data_offsets"]]
-    return joined(header, data[:begin] + data[end:])
+    moved = len(content) - (end - begin)
+    for other in header.values():
+        if "data_offsets" in other and other["data_offsets"][0] >= end:
+            other["data_offsets"] = [offset + moved for offset in other["data_offsets"]]
+    if entry is not None:
+        header[name] = {**entry, "data_offsets": [begin, begin + len(content)]}
+    return data[:begin] + content + data[end:]
 
 
 def _set_values(random: Random, tensors: bytes) -> bytes:
@@ -394,6 +416,7 @@ TENSORS: dict[str, Callable[[Random, bytes], bytes]] = {
     "other metadata": _in_header(_set_metadata),
     "a name twice": _double_name,
     "a tensor taken out": _take_out,
+    "a tensor of another kind": _convert,
     "other values": _set_values,
 }
 """Damage of model.safetensors, by what it is called."""

@@ -34,8 +34,8 @@ REFUSALS = {
     "transformers/utils/loading_report.py": (RuntimeError,),
     "json/decoder.py": (ValueError,),
 }
-"""Places that are meant to refuse a file, by a part of their path, and with what: shapes that do not fit are transformers'
-RuntimeError."""
+"""Places that are meant to refuse a file, by a part of their path, and with what: transformers has a RuntimeError for
+shapes that do not fit."""
 
 
 class BadEnd(AssertionError):  # noqa: N818
@@ -56,7 +56,10 @@ def end_of(checkpoint: Checkpoint) -> str:
     except Exception as error:  # noqa: BLE001 - any error is looked at
         return refusal(error)
     unread = _check_contents(model, *parts_of((checkpoint.folder / "model.safetensors").read_bytes()))
-    checkpoint.outputs(model)
+    try:
+        checkpoint.outputs(model)
+    except Exception as error:
+        raise BadEnd(f"loaded, and then {type(error).__name__}: {error}") from error
     return "loaded, but for reported ones" if unread else "loaded"
 
 
