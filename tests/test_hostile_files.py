@@ -122,7 +122,7 @@ def test_the_fuzzer_sees_what_is_wrong(golden, monkeypatch):
         (dict(state={"packed": 1}), r"state=\{'packed': 1\} is unknown; expected one of 'latent', 'packed'"),
         (dict(converted=["a", 1]), r"converted must be a list of module names, got \['a', 1\]"),
         (dict(converted=None), "converted must be a list of module names, got None"),
-        (dict(converted=[[["deep"] * 9] * 9] * 9), r"converted must be a list of module names, got \[\[\[\.\.\.\]"),
+        (dict(converted=[[["deep"] * 9] * 9] * 9), r"converted must be a list of module names, got \[\[\["),
         (dict(converted=["encoder.layer.0.output.dense"] * 2), "converted names a module twice"),
         (dict(modules_to_not_convert="pooler"), "modules_to_not_convert must be a list of module names, got 'pooler'"),
     ],
@@ -321,7 +321,7 @@ def test_a_pickle_is_never_read(golden, tmp_path, monkeypatch, weights_only):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a safetensors file; rebnn checkpoints are"):
         hf.AutoModelForSequenceClassification.from_pretrained(folder, weights_only=weights_only)
     assert not (tmp_path / "sprung").exists()
-    torch.load(folder / "pytorch_model.bin", weights_only=False).close()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)["x"].close()
     assert (tmp_path / "sprung").exists(), "the trap works"
 
 

@@ -77,17 +77,21 @@ def refusal(error: Exception) -> str:
 
 
 def _check_contents(model, header: dict, data: bytes) -> bool:
-    """Hold each tensor of a model against the file; whether one was not in it (transformers reports these)."""
+    """Hold each tensor of a model against the file; whether one was not in it (transformers reports these).
+
+    transformers takes off a prefix `bert.` that the model does not have.
+    """
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PACKED_TYPES))
     blocks = ("blocks.", "bert.encoder.layer.")
     unread = False
     for name, tensor in model.state_dict().items():
-        if name not in header:
+        entry = next((header[spelt] for spelt in (name, f"bert.{name}") if spelt in header), None)
+        if entry is None:
             unread = True
             if name.startswith((*packed, *blocks)):
                 raise BadEnd(f"{name} is not in the file, and the model has one")
-        elif not _same(tensor, stored(header[name], data)):
-            raise BadEnd(f"{name} is {tensor}, and in the file {stored(header[name], data)}")
+        elif not _same(tensor, stored(entry, data)):
+            raise BadEnd(f"{name} is {tensor}, and in the file {stored(entry, data)}")
     return unread
 
 
