@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import Ties, check_choices, sign, through_window
+from .functional import Ties, check_fields, sign, through_window
 
 ACTIVATION_SCALE_FLOOR = 1e-5
 """Smallest scale of an elastic activation (BiT C1)."""
@@ -51,7 +51,7 @@ class ActivationRule:
     ties: Ties = "up"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.bits not in BITS[self.kind]:
             raise ValueError(
                 f"activation={self.kind!r} with activation_bits={self.bits!r} is not possible; "
@@ -109,7 +109,7 @@ def elastic_sign(x: Tensor, scale: Tensor, ties: Ties = "up") -> Tensor:
 
 
 def elastic_levels(x: Tensor, scale: Tensor, low: int, high: int, ties: Ties = "up") -> Tensor:
-    """Codes of the elastic activation with several levels (BiT C2, LSQ): b = clip(round(x / a), low, high).
+    """Codes of the elastic activation with several levels (BiT C2, LSQ): b = clip(round(x / a), low, high); low for NaN.
 
     delta_x = delta_b 1[low <= x/a <= high]. Together with the factor a behind the codes the scale gets
     dx_b/da = round(x/a) - x/a inside the window, low below and high above it. {0, a} is low = 0, high = 1.
@@ -259,7 +259,7 @@ class _LevelsThrough(torch.autograd.Function):
         ctx.save_for_backward(ratio, scale)
         ctx.low, ctx.high = low, high
         rounded = torch.round(ratio) if ties == "released" else (ratio + 0.5).floor_()
-        return rounded.clamp_(low, high)
+        return rounded.nan_to_num_(nan=low).clamp_(low, high)  # a NaN is below every threshold, as in the engine
 
     @staticmethod
     def backward(ctx, grad):

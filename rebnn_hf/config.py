@@ -9,7 +9,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .activations import BITS, ActivationRule
-from .functional import BalanceRule, Ties, WeightRule, check_choices
+from .functional import BalanceRule, Ties, WeightRule, check_fields, shown
 from .presets import config_fields
 
 FORMAT_VERSION = 2
@@ -99,30 +99,35 @@ class ReBNNConfig(QuantizationConfigMixin):
     quant_method: str = "rebnn"
 
     def __post_init__(self):
-        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+        if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version={self.format_version!r} cannot be read: this rebnn_hf knows versions 1 to "
+                f"format_version={shown(self.format_version)} cannot be read: this rebnn_hf knows versions 1 to "
                 f"{FORMAT_VERSION}. Upgrade with `pip install -U rebnn_hf`."
             )
         if self.quant_method != "rebnn" or self.weight_bits != 1:
             raise ValueError(
-                f"quant_method={self.quant_method!r} with weight_bits={self.weight_bits!r} is not a rebnn config "
-                "(quant_method='rebnn', weight_bits=1)."
+                f"quant_method={shown(self.quant_method)} with weight_bits={shown(self.weight_bits)} is not a rebnn "
+                "config (quant_method='rebnn', weight_bits=1)."
             )
-        if self.state not in ("latent", "packed"):
-            raise ValueError(f"state={self.state!r} is unknown; expected 'latent' or 'packed'.")
-        self.modules_to_not_convert = self.modules_to_not_convert or None
+        check_fields(self)
         for name in ("modules_to_not_convert", *RECORDS):
-            names = getattr(self, name)
-            if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-                raise ValueError(f"{name} must be a list of module names, got {names!r}.")
+            self._check_names(name)
+        self.modules_to_not_convert = self.modules_to_not_convert or None
         if self.activation_bits is None:
-            self.activation_bits = BITS.get(self.activation, (1,))[0]
-        check_choices(self)
+            self.activation_bits = BITS[self.activation][0]
         self.rule()
         self.balance()
         self.activation_rule()
         self._check_combination()
+
+    def _check_names(self, field_name: str) -> None:
+        names = getattr(self, field_name)
+        if names is None and field_name == "modules_to_not_convert":
+            return
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{field_name} must be a list of module names, got {shown(names)}.")
+        if field_name in RECORDS and len(set(names)) < len(names):
+            raise ValueError(f"{field_name} names a module twice: {shown(sorted(names))}.")
 
     def _check_combination(self) -> None:
         """Refuse what cannot work together."""
@@ -209,16 +214,21 @@ class ReBNNConfig(QuantizationConfigMixin):
             ValueError: the file was written by a newer version, or a field is unknown.
         """
         version = config_dict.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:  # before its new fields look like mistakes
+        if type(version) is not int or version > FORMAT_VERSION:  # before its new fields look like mistakes
             cls(format_version=version)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(config_dict) - known)
         if unknown:
             raise ValueError(
-                f"unknown fields in the rebnn config: {', '.join(unknown)}; "
-                f"expected some of {', '.join(sorted(known))}."
+                f"unknown fields in the rebnn config: {_some(unknown)}; expected some of {', '.join(sorted(known))}."
             )
         chosen = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
         config = cls(**{**config_dict, **chosen})
         config.format_version = FORMAT_VERSION  # of what is written: older files are read as what they would be today
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _some(names: list[str], most: int = 6, longest: int = 60) -> str:
+    """Names for a message: those of a damaged file may be many and long."""
+    listed = [name if len(name) <= longest else f"{name[:longest]}..." for name in names[:most]]
+    return ", ".join(listed) + (f" and {len(names) - most} others" if len(names) > most else "")

@@ -7,8 +7,12 @@ W_hat_ij = alpha_i b_ij; task gradient G = dL/dW_hat, L without the reconstructi
 
 from __future__ import annotations
 
+import reprlib
+import sys
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,13 +25,54 @@ Ties = Literal["up", "released"]
 """What becomes of a value exactly on a threshold, see `sign`."""
 
 
-def check_choices(rule) -> None:
-    """Raise a ValueError where a field annotated with a Literal of words holds another word."""
-    hints = get_type_hints(type(rule))
-    for field in fields(rule):
-        choices, value = get_args(hints[field.name]), getattr(rule, field.name)
-        if choices and isinstance(choices[0], str) and value not in choices:
-            raise ValueError(f"{field.name}={value!r} is unknown; expected one of {', '.join(map(repr, choices))}.")
+def check_fields(rule) -> None:
+    """Raise a ValueError where a field of a dataclass holds what its annotation does not allow.
+
+    Looks at words (Literal), booleans, numbers, strings, and None beside them; 1 and 1.0 are not true, nor true 1.
+    """
+    for name, hint in _hints(type(rule)).items():
+        value = getattr(rule, name)
+        if _fits(value, hint):
+            continue
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        if choices:
+            raise ValueError(f"{name}={shown(value)} is unknown; expected one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={shown(value)} must be {_in_words(hint)}.")
+
+
+def shown(value: Any) -> str:
+    """`repr` for messages: what comes from a file may be long or deep."""
+    return _Short.repr(value)
+
+
+_Short = reprlib.Repr()
+_Short.maxstring = _Short.maxother = 120
+_Short.maxlevel = 3
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:  # an integer of a thousand digits is none
+        return isinstance(value, float) or (_fits(value, int) and abs(value) <= sys.float_info.max)
+    if hint is NoneType:
+        return value is None
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "an integer", float: "a number", bool: "True or False", NoneType: "None"}
+    return " or ".join(words.get(part, str(part)) for part in (get_args(hint) or (hint,)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +108,7 @@ class WeightRule:
     ties: Ties = "up"
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         if self.scale == "learned" and self.scale_gradient != "none":
             raise ValueError(
                 f"scale_gradient={self.scale_gradient!r} differentiates a closed-form scale, but scale='learned' is "
@@ -103,7 +148,7 @@ class BalanceRule:
     strength: float = 1.0
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         for name in ("value", "lower", "upper", "strength"):
             number = getattr(self, name)
             if number is not None and not 0 <= number < float("inf"):

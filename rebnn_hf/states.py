@@ -116,8 +116,11 @@ class PackedProduct(Packed):
         """By the engine where it serves x, else `reference`.
 
         Raises:
+            TypeError: x is not floating point.
             ValueError: x has another number of features than the layer.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"expected floating point inputs, got {x.dtype}; convert them first.")
         self._check_features(x)
         codes = self.engine_codes(x)
         if codes is None:

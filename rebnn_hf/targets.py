@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, inner_convolutions, layout_of
 from .binarizers import ClippedSign, ShiftedSign
 from .config import ReBNNConfig
+from .functional import shown
 from .layers import LATENT_OF, LATENT_TYPES
 
 
@@ -248,6 +249,9 @@ def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
     """Full names, in this model, of the modules a config calls converted.
 
     Another head class, or none, may lack the pooler and the head.
+
+    Raises:
+        ValueError: a name is that of no module, of one that cannot be 1-bit, or given twice.
     """
     modules = dict(model.named_modules())
     names = [full_name(model, name) for name in config.converted]
@@ -258,12 +262,44 @@ def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
     for name in names:
         if name not in modules:
             raise ValueError(
-                f"the checkpoint's config calls {name!r} a 1-bit module, but {type(model).__name__} has none of that "
-                "name; config and architecture do not belong together."
+                f"the checkpoint's config calls {shown(name)} a 1-bit module, but {type(model).__name__} has none of "
+                "that name; config and architecture do not belong together."
             )
         if type(modules[name]) not in (*LATENT_OF, *LATENT_TYPES):
             raise ValueError(
-                f"the checkpoint's config calls {name!r} a 1-bit module, but in {type(model).__name__} it is a "
+                f"the checkpoint's config calls {shown(name)} a 1-bit module, but in {type(model).__name__} it is a "
                 f"{type(modules[name]).__name__}."
             )
+    if len(set(names)) < len(names):
+        raise ValueError("the rebnn config calls a module of the base model one of the head too; it was damaged.")
     return names
+
+
+def check_saved(model: PreTrainedModel, config: ReBNNConfig) -> None:
+    """Whether a model has what the config of a saved one says was changed.
+
+    Raises:
+        ValueError: blocks that are not there, or bits for a weight that is shared.
+    """
+    check_architecture(model, config)
+    layout = layout_of(model)
+    for field_name, choice, float_choice in (
+        ("converted_attention", "attention", "softmax"),
+        ("converted_ffn", "ffn_activation", "model"),
+    ):
+        named, chosen = set(getattr(config, field_name)), getattr(config, choice)
+        known = set()
+        if layout is not None and chosen != float_choice:
+            known = {base_relative(model, f"{block}.{getattr(layout, choice)}") for block, _ in blocks(model)}
+        if named - known:
+            raise ValueError(
+                f"the checkpoint's config has {choice}={chosen!r} and {field_name} with {shown(min(named - known))}, "
+                f"which {type(model).__name__} cannot have; config and architecture do not belong together."
+            )
+    tied = tied_weights(model)
+    for name in (f"{full_name(model, name)}.weight" for name in config.converted):
+        if name in tied or name in tied.values():
+            raise ValueError(
+                f"the checkpoint's config calls {shown(name)} 1-bit, and has tie_word_embeddings=True, which shares it "
+                "with a float matrix; it was damaged."
+            )

@@ -57,6 +57,8 @@ def collect(job: Job) -> dict[str, Any]:
         "oscillation": oscillation(read_json(job.run.folder("latent") / STATE_FILE)["log_history"]),
         "steps": {stage: record["steps"] for stage, record in records.items() if "steps" in record},
         "examples": {name: len(split) for name, split in job.data.items()},
+        "data_digest": job.digest(job.data),
+        "config": read_json(folders["packed"] / "config.json")["quantization_config"],
         "augmentation": records["latent"].get("augmentation"),
         "size": records["packed"]["size"],
         "seed": job.arguments.run.seed,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 
 import torch
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..architecture import block_prefixes
 from ..binarizers import PARAMETRIC, Elastic
+from ..config import ReBNNConfig
 from ..fusion import fuse
 from ..hub import forget_folder
 from ..layers import LATENT_TYPES, PACKED_TYPES
 from ..packing import has_clean_padding
 from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
+from ..targets import check_saved
 
 
 @register_quantizer("rebnn")
@@ -45,7 +50,7 @@ class ReBNNQuantizer(HfQuantizer):
         forget_folder(config)
         return super().update_attn_implementation(config)
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config = copy.deepcopy(self.quantization_config)  # a user may load two models by it
         if not self.pre_quantized:
             if config.state == "packed":
@@ -54,7 +59,11 @@ class ReBNNQuantizer(HfQuantizer):
                     "use ReBNNConfig(state='latent'), train, then rebnn_hf.pack(model)."
                 )
             select_for_loading(model, config)
+        else:
+            _check_files(model, checkpoint_files or [])
+            check_saved(model, config)
         prepare_for_loading(model, config)
+        self._floats = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
         if not self.pre_quantized:
             model._keys_to_ignore_on_load_missing = {
                 *(model._keys_to_ignore_on_load_missing or ()),
@@ -68,20 +77,23 @@ class ReBNNQuantizer(HfQuantizer):
         model.config.quantization_config = config
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.pre_quantized:
+            _check_types(model, self._floats)
+            _check_blocks(model)
         for name, module in model.named_modules():
-            if isinstance(module, PACKED_TYPES):
-                _check_loaded(name, module, ("weight", "weight_scale", "bias"))
-                _check_bits(name, module)
-            elif isinstance(module, LATENT_TYPES) and self.pre_quantized:
-                _check_loaded(name, module, ("weight", "weight_scale", "bias", "balance"))
+            if isinstance(module, LATENT_TYPES + PACKED_TYPES + PARAMETRIC) and self.pre_quantized:
+                _check_loaded(name, module)
             elif isinstance(module, LATENT_TYPES):
                 module.reset_scale()
-            elif isinstance(module, PARAMETRIC) and self.pre_quantized:
-                _check_loaded(name, module, tuple(dict(module.named_parameters(recurse=False))))
             elif isinstance(module, PARAMETRIC):
                 module.reset_parameters()
+            if isinstance(module, PACKED_TYPES):
+                _check_bits(name, module)
+            if self.pre_quantized:
+                _check_finite(name, module)
             if isinstance(module, Elastic):
                 module.check_calibration()
+                _check_calibrated(name, module, self.quantization_config)
         if not self.pre_quantized:
             untie_binary_embeddings(model)
         elif self.quantization_config.state == "packed":
@@ -98,15 +110,53 @@ class ReBNNQuantizer(HfQuantizer):
             forget_quantization(model)
 
 
-def _check_loaded(name: str, module: torch.nn.Module, tensors: tuple[str, ...]) -> None:
-    """transformers only reports a missing tensor and leaves uninitialised memory; here that is an error."""
-    owned = [t for t in tensors if getattr(module, t, None) is not None]
-    missing = [t for t in owned if not getattr(getattr(module, t), "_is_hf_initialized", False)]
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
+    """An index of shards may name any file; what is read lies in the model's folder, and cannot run code."""
+    folder = os.path.abspath(model.name_or_path)
+    for file in map(os.path.abspath, files):
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file; rebnn checkpoints are, and others are not read.")
+        if os.path.isdir(folder) and os.path.commonpath((folder, file)) != folder:
+            raise ValueError(f"the checkpoint in {folder} names {file}, which lies outside; it was tampered with.")
+
+
+def _check_blocks(model: PreTrainedModel) -> None:
+    """transformers only reports a tensor that is missing, and draws another one; in the encoder that is an error."""
+    prefixes = block_prefixes(model)
+    tensors = model.state_dict(keep_vars=True).items()
+    missing = [name for name, t in tensors if name.startswith(prefixes) and not _is_from_file(t)]
     if missing:
-        raise ValueError(
-            f"the checkpoint lacks {', '.join(f'{name}.{t}' for t in missing)}: it was cut, or its config.json belongs "
-            "to another checkpoint."
-        )
+        raise ValueError(_lacks(missing))
+
+
+def _check_types(model: PreTrainedModel, floats: list[str]) -> None:
+    """transformers keeps integers as they are in the file, wherever they go."""
+    tensors = model.state_dict(keep_vars=True)
+    for name in floats:
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{name} is {tensors[name].dtype} in the checkpoint; expected floating point numbers.")
+
+
+def _check_loaded(name: str, module: torch.nn.Module) -> None:
+    """Every tensor of a layer of this package comes from the file."""
+    missing = [f"{name}.{key}" for key, tensor in _own_tensors(module).items() if not _is_from_file(tensor)]
+    if missing:
+        raise ValueError(_lacks(missing))
+
+
+def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in module.state_dict(keep_vars=True).items() if "." not in key}
+
+
+def _is_from_file(tensor: torch.Tensor) -> bool:
+    """Whether transformers read it; what it leaves on the meta device is read from the file when it is needed."""
+    return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+
+
+def _lacks(missing: list[str]) -> str:
+    return (
+        f"the checkpoint lacks {', '.join(missing[:6])}: it was cut, or its config.json belongs to another checkpoint."
+    )
 
 
 def _check_bits(name: str, module: torch.nn.Module) -> None:
@@ -114,6 +164,18 @@ def _check_bits(name: str, module: torch.nn.Module) -> None:
         raise ValueError(f"{name}.weight is {module.weight.dtype} in the checkpoint; packed bits are uint8.")
     if not has_clean_padding(module.weight, module.width):
         raise ValueError(f"{name}.weight has spare bits set; the checkpoint was damaged or written by something else.")
-    scale = module.weight_scale
-    if not scale.is_floating_point() or not scale.isfinite().all() or (scale < 0).any():
-        raise ValueError(f"{name}.weight_scale must be finite and >= 0; the checkpoint was damaged.")
+    if (module.weight_scale < 0).any():
+        raise ValueError(f"{name}.weight_scale must be >= 0; the checkpoint was damaged.")
+
+
+def _check_finite(name: str, module: torch.nn.Module) -> None:
+    if not isinstance(module, LATENT_TYPES + PACKED_TYPES + PARAMETRIC):
+        return
+    for key, tensor in _own_tensors(module).items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name}.{key} holds NaN or infinity; the checkpoint was damaged.")
+
+
+def _check_calibrated(name: str, module: Elastic, config: ReBNNConfig) -> None:
+    if config.state == "packed" and not module.calibrated and not module.scale.is_meta:
+        raise ValueError(f"{name}.scale is 0, and a packed model has scales; the checkpoint was damaged.")

@@ -272,7 +272,16 @@ def _linear(x, bits, layout, weight_scale, bias, codes, width, low, input_scale,
         layout = cpu.layout(bits, inputs, kind) if layout is None else layout
         scale = 1.0 if input_scale is None else float(input_scale)
         y = cpu.linear(rows, layout, weight_scale, bias, codes, width, low, scale, _floats(shift))
+        if codes == "token":
+            _keep_nan(rows, y)
     return y.view(*x.shape[:-1], len(bits)).to(x.dtype)
+
+
+def _keep_nan(rows: Tensor, y: Tensor) -> None:
+    """Make rows of y NaN whose inputs give no scale, as floats do: with a NaN or an infinity among them."""
+    suspects = (~rows.sum(-1).isfinite()).nonzero().flatten()  # or with a sum that is too large
+    if len(suspects):
+        y[suspects[~rows[suspects].isfinite().all(-1)]] = math.nan
 
 
 def _conv2d(

@@ -45,6 +45,8 @@ rebnn_status rebnn_embedding(int threads, int64_t count, int64_t entries, int64_
     for (int64_t i = 0; i < count; i++)
         if (index[i] < 0 || index[i] >= entries)
             return REBNN_BAD_ARGUMENT;
+    if (!count || !width)
+        return REBNN_OK;
     if ((double)count * (double)width < SERIAL_WORK)
         threads = 1;
     embedding_call call = {threads, count, width, index, bits, scale, y};

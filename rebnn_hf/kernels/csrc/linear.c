@@ -124,6 +124,8 @@ rebnn_status rebnn_encode(const rebnn_isa *isa, int64_t rows, int64_t inputs, co
     if (!isa || !valid_input(input) || rows < 0 || inputs < 0 || inputs > REBNN_MAX_INPUTS ||
         ((!x || !codes) && rows && inputs) || (input->codes == REBNN_TOKEN && rows && !token_scale))
         return REBNN_BAD_ARGUMENT;
+    if (!inputs && input->codes != REBNN_TOKEN) /* however many rows of nothing */
+        return REBNN_OK;
     uint64_t *bits = malloc((size_t)ceil_div(inputs, 64) * 8 + 8);
     if (!bits)
         return REBNN_NO_MEMORY;
