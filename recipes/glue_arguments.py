@@ -224,7 +224,7 @@ class AdapterArguments:
         const=8,
         metavar="RANK",
     )
-    lora_learning_rate: float = option("of the adapter", default=1e-3)
+    lora_learning_rate: float = option("of the adapter", default=5e-3)
     lora_epochs: float | None = option("of the adapter, where --max_steps does not count; default: the student's")
 
     def check(self) -> None:
