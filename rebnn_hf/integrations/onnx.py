@@ -8,8 +8,8 @@ The 1-bit work of a model is two operators of the domain `rebnn`, version 1:
   [O, ceil(M / 8)], `codes b^T` [..., O]. `code_bits` tells what the codes are: integers of so many bits (1: -1 and +1,
   or 0 and 1), or any floats (32).
 
-The file carries their definitions in standard operators (ONNX functions), so that any runtime with opset 18 runs it
-without knowing them; one that has a kernel for them may use it instead. ONNX Runtime has none: it inlines the
+The file carries their definitions in standard operators (ONNX functions), so that any runtime of torch's default opset
+runs it without knowing them; one that has a kernel for them may use it instead. ONNX Runtime has none: it inlines the
 definitions, unpacks the constant bits once while it loads, and multiplies floats. So the file is as small as the packed
 checkpoint, but neither memory nor speed are those of 1 bit: that is what the engine is for.
 """
