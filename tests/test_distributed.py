@@ -25,8 +25,8 @@ multiprocessing.set_forkserver_preload(["rebnn_hf.trainer", "torch.distributed.f
 BATCH = 16
 """Examples in a step, however many processes share them."""
 
-STEPS = {"weights": 4, "few bits": 2}
-"""Of a few bits only two: sums of few codes land on thresholds, where the last digit decides between two codes."""
+STEPS = {"weights": 4, "few bits": 1}
+"""Of a few bits one only: sums of few codes land on thresholds, where the last digit decides between two codes."""
 
 CONFIGS = {"weights": ReBNNConfig(), "few bits": ReBNNConfig.preset("rebnn-bit-w1a1")}
 PLANS = [("weights", 1), ("weights", 2), ("weights", 4), ("few bits", 1), ("few bits", 4)]
@@ -118,7 +118,8 @@ def assert_agree(found, expected):
     """Numbers to rounding, signs and the flips of every layer and step exactly."""
     assert found["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
-        torch.testing.assert_close(found["state"][name], value, rtol=1e-9, atol=1e-10, msg=name)
+        near = {"rtol": 1e-9, "atol": 1e-10}
+        torch.testing.assert_close(found["state"][name], value, **near, msg=lambda text, name=name: f"{name}: {text}")
     assert_same(signs(found["state"]), signs(expected["state"]))
     for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
         for name, value in theirs.items():
