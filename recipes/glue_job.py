@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from glue_arguments import Arguments
 from glue_files import custom_task, load_files
 from glue_grammar import build_demo_tokenizer
@@ -114,6 +115,28 @@ class Job(ABC):
     def submit(self, model: PreTrainedModel, logits: Logits) -> None:
         """Writes what the packed model predicts, if anyone wants it; its `logits` on the validation data are known."""
         return None
+
+    def once_per_machine(self, make: Callable[[], DatasetDict]) -> DatasetDict:
+        """What `make` makes, in one process of each machine; the others read it from a folder that is then deleted.
+
+        A cache would not do: data that came from memory or a text file have none.
+        """
+        process = self.process
+        if process.num_processes == 1:
+            return make()
+        maker = process.process_index - process.local_process_index
+        folder = self.run.root / f"data-{maker}.draft"
+        if process.is_local_main_process:
+            data = make()
+            shutil.rmtree(folder, ignore_errors=True)
+            data.save_to_disk(str(folder))
+        process.wait_for_everyone()
+        if not process.is_local_main_process:
+            data = load_from_disk(str(folder))
+        process.wait_for_everyone()
+        if process.is_local_main_process:
+            shutil.rmtree(folder)
+        return data
 
     # What the model card says
 
@@ -230,12 +253,13 @@ classify = pipeline("text-classification", model="path/to/this/folder")"""
         return self.tokenized(self.data)
 
     def tokenized(self, data: DatasetDict) -> DatasetDict:
-        """Splits as token ids; made once, by the main process, and read from the cache by the others."""
+        """Splits as token ids."""
         columns = list(self.task.sentence_columns)
         length = min(self.arguments.data.max_length, self.tokenizer.model_max_length)
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": length}
-        with self.process.main_process_first():
-            tokens = data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
+        tokens = self.once_per_machine(
+            lambda: data.map(tokenize, batched=True, fn_kwargs=options, remove_columns=columns)
+        )
         return DatasetDict({name: _with_labels_column(split) for name, split in tokens.items()})
 
     def splits(self, kind: str) -> dict[str, Dataset]:

@@ -132,11 +132,12 @@ print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))"""
         how = {"tokenizer": self.tokenizer, "max_length": length, "stride": options.stride}
         shared = {"batched": True, "fn_kwargs": how, "remove_columns": self.data["train"].column_names}
         try:
-            with self.process.main_process_first():
-                return DatasetDict(
+            return self.once_per_machine(
+                lambda: DatasetDict(
                     train=self.data["train"].map(training_windows, **shared),
                     validation=self.data["validation"].map(validation_windows, with_indices=True, **shared),
                 )
+            )
         except ValueError as error:  # a question without room for a context
             raise SystemExit(f"{error}") from None
 

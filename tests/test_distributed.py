@@ -7,9 +7,13 @@ the order of sums and nothing else: numbers agree to 1e-9, signs and flips exact
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from test_trainer import Sentences, assert_same, bert, trainer_for
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -22,11 +26,13 @@ from rebnn_hf.checkpoints import damage
 
 multiprocessing.set_forkserver_preload(["rebnn_hf.trainer", "torch.distributed.fsdp", "test_trainer"])
 
+CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "two_nodes.yaml"
+
 BATCH = 16
 """Examples in a step, however many processes share them."""
 
-STEPS = {"weights": 4, "few bits": 2}
-"""Of a few bits only two: sums of few codes land on thresholds, where the last digit decides between two codes."""
+STEPS = {"weights": 4, "few bits": 1}
+"""Of a few bits one only: sums of few codes land on thresholds, where the last digit decides between two codes."""
 
 CONFIGS = {"weights": ReBNNConfig(), "few bits": ReBNNConfig.preset("rebnn-bit-w1a1")}
 PLANS = [("weights", 1), ("weights", 2), ("weights", 4), ("few bits", 1), ("few bits", 4)]
@@ -118,7 +124,8 @@ def assert_agree(found, expected):
     """Numbers to rounding, signs and the flips of every layer and step exactly."""
     assert found["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
-        torch.testing.assert_close(found["state"][name], value, rtol=1e-9, atol=1e-10, msg=name)
+        near = {"rtol": 1e-9, "atol": 1e-10}
+        torch.testing.assert_close(found["state"][name], value, **near, msg=lambda text, name=name: f"{name}: {text}")
     assert_same(signs(found["state"]), signs(expected["state"]))
     for mine, theirs in zip(found["logs"], expected["logs"], strict=True):
         for name, value in theirs.items():
@@ -313,6 +320,42 @@ def test_shards_that_cannot_be_served_are_refused(processes):
         assert "get_model_state_dict" in packing
         assert "call calibrate() before fully_shard()" in calibration
         assert "does not hold" in late and "fully_shard()" in late
+
+
+# ------------------------------------------------------------------------------------------------- several machines
+
+WORKER = """
+from accelerate import PartialState
+process = PartialState(cpu=True)
+process.wait_for_everyone()
+print("process", process.process_index, "of", process.num_processes, "local", process.local_process_index)
+"""
+
+
+@pytest.mark.slow
+def test_the_config_for_two_machines_launches(tmp_path):
+    """Both on this one, without GPUs and with one process each; all else is as in the file."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    here = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    machines = [
+        subprocess.Popen(
+            [*command, *here, "--machine_rank", rank, "--mixed_precision", "no", str(tmp_path / "worker.py")],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for rank, machine in enumerate(machines):
+        output, errors = machine.communicate(timeout=300)
+        assert f"process {rank} of 2 local 0" in output, errors
+    config = load_config_from_file(str(CONFIG))
+    assert (config.num_machines, config.num_processes, config.distributed_type) == (2, 16, "MULTI_GPU")
 
 
 # ---------------------------------------------------------------------------------------------- what is not supported

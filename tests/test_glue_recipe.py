@@ -302,7 +302,9 @@ def test_two_processes_train_the_same_model(finished, tmp_path):
     shutil.copytree(finished.folder / "teacher", tmp_path / "given")
     options = ["--teacher", str(tmp_path / "given"), *SMALL]
     options[options.index("--max_steps") + 1] = "10"
-    output, _ = run_script(folder, *options, launcher=launcher, ACCELERATE_USE_CPU="true")
+    output, errors = run_script(folder, *options, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert len(re.findall("Map:   0%", errors)) == 2, "each split became tokens in one process only"
+    assert not list(folder.rglob("*.draft"))
     results = read_json(folder / "results.json")
     assert output.count("packed: started") == 1 and results["processes"] == 2
     assert results["scores"]["packed"]["accuracy"] == pytest.approx(accuracy(folder / "packed"))
