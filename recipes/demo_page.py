@@ -24,8 +24,8 @@ CSS = """
 .card .prediction { margin: 4px 0 12px; font-size: 1.75rem; font-weight: 700; overflow-wrap: anywhere; }
 .card table { width: 100%; margin: 0 0 16px; }
 .card table, .card tr, .card th, .card td { border: none; }
-.card th { padding: 4px 12px 4px 0; font-weight: 400; text-align: left; }
-.card td { padding: 4px 0; text-align: right; font-variant-numeric: tabular-nums; }
+.card th { padding: 4px 0; font-weight: 400; text-align: left; }
+.card td { padding: 4px 0 4px 12px; text-align: right; font-variant-numeric: tabular-nums; }
 .card td:nth-child(2) { width: 55%; }
 .card .bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); }
 .card .bar div { height: 100%; border-radius: 4px; background: var(--color-accent); }
@@ -66,10 +66,7 @@ def build_page(contest: Contest, task: str | None = None) -> gr.Blocks:
             gr.Examples([list(texts) for texts in EXAMPLES[task]], boxes, label="Examples")
         button = gr.Button("Compare", variant="primary")
         with gr.Row():
-            cards = [
-                gr.HTML(card(FLOAT, contest.teacher), min_width=280, padding=False),
-                gr.HTML(card(ONE_BIT, contest.packed), min_width=280, padding=False),
-            ]
+            cards = [column(FLOAT, contest.teacher), column(ONE_BIT, contest.packed)]
         compared = gr.Markdown(elem_id="verdict")
         gr.Markdown(f"{who_computes(contest.packed.model)} {how_measured()}")
         asked = [button.click, *(box.submit for box in boxes)]
@@ -98,12 +95,18 @@ def box_names(task: str | None) -> tuple[str, ...]:
     return tuple(places.get(name[-1], "{}").format(name.rstrip("12")).capitalize() for name in sentences)
 
 
+def column(title: str, model: Contestant) -> gr.HTML:
+    """A card in a column of its own, which on a narrow screen goes below the other one."""
+    with gr.Column(min_width=280):
+        return gr.HTML(card(title, model), padding=False)
+
+
 def show(contest: Contest, *texts: str) -> tuple[str, str, str]:
     """Both cards and the sentence below them for what was typed."""
     try:
         comparison = contest.answer(*texts)
     except ValueError as error:
-        raise gr.Error(str(error), title="Nothing to compare", print_exception=False) from None
+        raise gr.Error(str(error), print_exception=False) from None
     return (
         card(FLOAT, contest.teacher, comparison.teacher),
         card(ONE_BIT, contest.packed, comparison.packed),
