@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, TextClassificationPipel
 
 from rebnn_hf import kernels
 from rebnn_hf.benchmark import PLACES, check_twins, load, longest, places, random_inputs
-from rebnn_hf.cli import backend_and_why
+from rebnn_hf.cli.info import backend_and_why
 from rebnn_hf.timing import Contender, interleave, quartiles
 
 ROUNDS = 5

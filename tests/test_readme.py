@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from rebnn_hf import PackedLinear
@@ -19,11 +20,13 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     BertForSequenceClassification(config).save_pretrained(tmp_path / "float")
     sentences = [{"input_ids": [5, 6, 7 + index % 9], "labels": index % 2} for index in range(32)]
     monkeypatch.chdir(tmp_path)
-    code, _images = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other one: tests/vision
+    code, adapters, _images = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the last one: tests/vision
     names = {"fine_tuned": str(tmp_path / "float"), "train_dataset": Dataset.from_list(sentences)}
     exec(compile(code, "README.md", "exec"), names)
+    exec(compile(adapters, "README.md", "exec"), names)
     assert names["trainer"].state.global_step == 20
     assert sum(isinstance(module, PackedLinear) for module in names["model"].modules()) == 12
+    assert sum(type(module) is nn.Linear for module in names["merged"].modules()) == 14  # and pooler and head
     assert "encoder.layer.0-1" in capsys.readouterr().out
 
 

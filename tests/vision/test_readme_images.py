@@ -15,7 +15,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _text, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    *_text, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     model = names["model"].eval()
