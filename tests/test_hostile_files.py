@@ -16,8 +16,7 @@ import transformers as hf
 from fuzz.checkpoint import NAMES, Checkpoint
 from fuzz.damage import CONFIG, TENSORS, damage, joined, parts_of, replaced
 from fuzz.verdict import BadEnd, end_of, refusal
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig
