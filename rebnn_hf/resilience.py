@@ -34,7 +34,7 @@ _attached: weakref.WeakSet = weakref.WeakSet()
 NEAR_ZERO = 0.1
 """A latent weight is near its flipping point where |w| < 0.1 alpha."""
 
-USE_INSTEAD = "use DistributedDataParallel (accelerate or torchrun as they are) or FSDP2 (fsdp_version 2, fully_shard)"
+USE_INSTEAD = "use DistributedDataParallel (accelerate, torchrun) or, in a loop of your own, FSDP2 (fully_shard)"
 
 BLOCK = 2**17
 """Weights in a block of rows on a CPU: with gradient, signs and intermediate results it stays in the L2 cache."""

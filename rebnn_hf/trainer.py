@@ -33,6 +33,8 @@ WEIGHTS = ("label_weight", "logits_weight", "hidden_weight", "relation_weight", 
 
 DEEPSPEED = f"DeepSpeed steps flat copies of the weights out of sight of the balance rule; {USE_INSTEAD}."
 
+FSDP = f"FSDP through the Trainer has not been tested with the balance rule; {USE_INSTEAD}."
+
 PADDING = -1e4
 """Logit of a padding position: no probability, and finite at every temperature."""
 
@@ -103,6 +105,8 @@ class ReBNNTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.deepspeed:
             raise ValueError(DEEPSPEED)
+        if self.fsdp:
+            raise ValueError(FSDP)
         super().__post_init__()
         for name, choices in (
             ("logits_loss", LOGITS_LOSSES),
@@ -241,10 +245,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             )
         if self.is_deepspeed_enabled:
             raise ValueError(DEEPSPEED)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(f"FSDP1 flattens weights, and the balance belongs to rows; {USE_INSTEAD}.")
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError("fsdp is set, but accelerate shards nothing on this device; leave it out (DDP is used).")
+        if self.is_fsdp_enabled:  # by the environment of accelerate launch
+            raise ValueError(FSDP)
 
     def _calibrate(self) -> None:
         """Give elastic activations without one a scale, from the same examples on every process, and tell all of them

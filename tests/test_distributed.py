@@ -392,7 +392,7 @@ def test_weights_that_are_exchanged_behind_the_optimizer_are_noticed():
         optimizer.step()
 
 
-def test_sharding_that_would_be_ignored_is_refused(tmp_path):
-    """On a CPU accelerate leaves fsdp out without a word."""
-    with pytest.raises(ValueError, match="fsdp"):
-        trainer_for(tmp_path, fsdp="full_shard")
+def test_fsdp_through_the_trainer_is_refused(tmp_path):
+    """On a CPU accelerate would leave it out without a word."""
+    with pytest.raises(ValueError, match=r"FSDP through the Trainer.*use DistributedDataParallel.*fully_shard"):
+        ReBNNTrainingArguments(str(tmp_path), fsdp="full_shard")
