@@ -109,7 +109,7 @@ def elastic_sign(x: Tensor, scale: Tensor, ties: Ties = "up") -> Tensor:
 
 
 def elastic_levels(x: Tensor, scale: Tensor, low: int, high: int, ties: Ties = "up") -> Tensor:
-    """Codes of the elastic activation with several levels (BiT C2, LSQ): clip(round(x / a), low, high), low for NaN.
+    """Codes of the elastic activation with several levels (BiT C2, LSQ): b = clip(round(x / a), low, high); NaN: low.
 
     delta_x = delta_b 1[low <= x/a <= high]. Together with the factor a behind the codes the scale gets
     dx_b/da = round(x/a) - x/a inside the window, low below and high above it. {0, a} is low = 0, high = 1.

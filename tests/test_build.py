@@ -72,6 +72,7 @@ def test_the_tests_in_c_are_clean_under_sanitizers(tmp_path):
     need_compiler()
     program = build(tmp_path, "test_rebnn", "-DREBNN_TESTS=ON", "-DREBNN_SANITIZE=ON")
     assert "portable" in run(program)
+    assert "2000 rounds" in run(build(tmp_path, "fuzz_rebnn"), 2000, 1)
 
 
 @pytest.mark.slow
