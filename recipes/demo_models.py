@@ -139,7 +139,7 @@ def load_contestant(name: str | Path, packed: bool) -> Contestant:
     """One model with its tokenizer."""
     name = str(name)
     folder = name if Path(name).is_dir() else load_pretrained(snapshot_download, name, allow_patterns=MODEL_FILES)
-    model = load(folder, packed)
+    model = load(folder, "packed" if packed else "float")
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(
             f"{name!r} is a {type(model).__name__}; the page shows text classifiers, ...ForSequenceClassification."

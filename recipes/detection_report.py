@@ -8,10 +8,10 @@ from typing import Any
 from detection_job import DetectionJob
 from glue_report import MEGABYTE, command, hardware, installed_versions, model_bytes, oscillation
 from glue_stages import read_json, write_json
-from glue_training import STATE_FILE
 from huggingface_hub import EvalResult, ModelCardData
 
 from rebnn_hf import plot_latent_weights, plot_oscillation
+from rebnn_hf.checkpoints import STATE_FILE
 
 
 def write_report(job: DetectionJob) -> None:

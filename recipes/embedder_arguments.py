@@ -7,6 +7,7 @@ from typing import Any
 
 from embedder_data import JUDGE, SOURCES, EmbedderTask
 from glue_arguments import (
+    AdapterArguments,
     Arguments,
     AugmentationArguments,
     BinaryArguments,
@@ -85,6 +86,7 @@ class EmbedderArguments(Arguments):
     data: EmbedderDataArguments
     teacher: EmbedderTeacherArguments
     student: EmbedderStudentArguments
+    adapter: AdapterArguments = field(default_factory=AdapterArguments, init=False)  # none: it has no options here
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""

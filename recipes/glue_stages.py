@@ -89,7 +89,7 @@ class RunFolder:
         changes = self._changes(settings)
         if changes:
             self._drop_from(next(iter(changes)))
-        if any(self.record(stage) is None for stage in self.stages):
+        if any(self.record(stage) is None for stage, wanted in settings.items() if wanted):
             self.results_file.unlink(missing_ok=True)
         write_json(self.settings_file, settings)
 

@@ -927,9 +927,10 @@ def test_a_library_that_cannot_be_used_says_why(library_at, tmp_path):
 
 @needs_library
 def test_a_library_of_another_version_is_not_used(library_at, monkeypatch):
+    found = cpu.ABI_VERSION
     monkeypatch.setattr(cpu, "ABI_VERSION", 99)
     cpu._load.cache_clear()
-    assert "ABI 1" in cpu.why_not() and kernels.backend() == "reference"
+    assert f"ABI {found}" in cpu.why_not() and kernels.backend() == "reference"
     library_at(None)  # the fixture's end restores the cache
 
 

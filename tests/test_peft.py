@@ -469,7 +469,7 @@ def test_unpacked_bases_merge(base, when, state, adapter, tmp_path):
 
 
 def test_the_wrapper_is_not_unpacked_by_mistake(base):
-    with pytest.raises(TypeError, match=r"or peft_model\.get_base_model\(\)"):
+    with pytest.raises(TypeError, match=r"peft_model\.get_base_model\(\)"):
         unpack(get_peft_model(base("bert"), lora()))
 
 

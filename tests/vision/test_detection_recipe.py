@@ -26,6 +26,7 @@ from timm.models import register_model
 from transformers import AutoModelForObjectDetection, TimmWrapperConfig, TimmWrapperForImageClassification
 
 import rebnn_hf
+from rebnn_hf.checkpoints import STATE_FILE
 from rebnn_hf.kernels import use_backend
 from rebnn_hf.vision import resnet
 
@@ -35,7 +36,7 @@ import detection
 from detection_arguments import parse_detection_arguments
 from detection_data import load_shapes, spread
 from glue_stages import RunFolder, read_json
-from glue_training import STATE_FILE, CompactProgress
+from glue_training import CompactProgress
 
 STAGES = ("stage-1", "latent", "packed")
 TRAINED, EVALUATED, STEPS = 6, 2, 3

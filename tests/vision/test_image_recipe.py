@@ -22,13 +22,14 @@ from PIL.Image import fromarray
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from rebnn_hf.checkpoints import STATE_FILE
 from rebnn_hf.kernels import use_backend
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import image_classification
 from glue_stages import RunFolder, read_json
-from glue_training import STATE_FILE, CompactProgress
+from glue_training import CompactProgress
 from image_arguments import parse_image_arguments
 from image_data import digits, in_our_columns, load_folder, load_images, spread
 from image_training import EpochSampler, StageOneTrainer
