@@ -37,41 +37,16 @@ NAMES = (
     "encoder.layer.0.attention.self.query.weight",
 )
 DTYPES = (
-    "BOOL",
-    "U8",
-    "I8",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I16",
-    "U16",
-    "F16",
-    "BF16",
-    "I32",
-    "U32",
-    "F32",
-    "F64",
-    "I64",
-    "U64",
+    *("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64"),
+    *("C64", "F4", "F6_E2M3", "F8_E8M0", "F128", "u8", "", "pickle"),
 )
-DTYPES += ("C64", "F4", "F6_E2M3", "F8_E8M0", "F128", "u8", "", "pickle")
 FIELDS = (
     *("state", "activation", "activation_bits", "attention", "ffn_activation", "ties", "weight_scale", "ste_slope"),
     *("scale_granularity", "scale_gradient", "weight_center", "balance_rule", "balance_form", "format_version"),
 )
-WORDS = ("latent", "packed", "none", "sign", "rsign", "elastic", "token", "softmax", "bool", "model", "relu", "rprelu")
-WORDS += (
-    "up",
-    "released",
-    "learned",
-    "mean_abs",
-    "row",
-    "tensor",
-    "scale",
-    "unit",
-    "exact",
-    "xnor",
-    "const",
-    "gradient",
+WORDS = (
+    *("latent", "packed", "none", "sign", "rsign", "elastic", "token", "softmax", "bool", "model", "relu", "rprelu"),
+    *("up", "released", "learned", "mean_abs", "row", "tensor", "scale", "unit", "exact", "xnor", "const", "gradient"),
 )
 
 Files = tuple[bytes, bytes]
