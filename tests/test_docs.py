@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
@@ -74,6 +75,17 @@ def test_the_start_page(tmp_path, monkeypatch, float_model, capsys):
 
 def test_the_concepts(tmp_path, monkeypatch):
     run("concepts.md", {}, monkeypatch, tmp_path)  # asserts on its own
+
+
+def test_the_export(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs the extra rebnn_hf[onnx]")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    names = run("export.md", {}, monkeypatch, tmp_path)
+    ids = names["ids"].numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    expected = names["model"].eval()(names["ids"]).logits.detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_tasks(tmp_path, monkeypatch, float_model, capsys):
