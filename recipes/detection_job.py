@@ -14,7 +14,7 @@ from detection_data import DetectionTask, Splits, digest, load_folder, load_shap
 from detection_images import TrainingDetections, collate
 from detection_scores import Detections, Scores, score
 from detection_training import detect
-from glue_job import Job, begin, check_processes, load_pretrained, start_process
+from glue_job import Job, begin, check_processes, hint_at_idle_cores, load_pretrained, start_process
 from glue_stages import RunFolder
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, PreTrainedModel
 
@@ -154,6 +154,7 @@ def prepare_detection(arguments: DetectionArguments) -> DetectionJob:
         SystemExit: If data or model cannot be had, or the folder holds a run with other settings.
     """
     process = start_process()
+    hint_at_idle_cores(process)
     classifier = load_backbone(arguments.detector.backbone)
     with process.main_process_first():
         task, data = DetectionJob.load_data(arguments)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
@@ -306,6 +307,8 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     check_processes(arguments, process)
     if task.name == "demo":
         torch.set_num_threads(1)  # its model is too small to gain from a second one, and loses where cores are shared
+    else:
+        hint_at_idle_cores(process)
     tokenizer = kind.load_tokenizer(arguments, data)
     settings = arguments.stage_settings(kind.digest(data))
     run = RunFolder(arguments.run.output_dir, tuple(settings))
@@ -318,6 +321,17 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
 def start_process() -> PartialState:
     """This process among those of the run."""
     return PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
+
+
+def hint_at_idle_cores(process: PartialState) -> None:
+    """Says how to use all cores: `accelerate launch` gives a process on a CPU one thread if it is not told otherwise."""
+    threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
+    if process.device.type == "cpu" and process.num_processes * threads < cores:
+        each = cores // process.num_processes
+        process.print(
+            f"{threads} thread(s) in {process.num_processes} process(es) leave cores of {cores} idle: "
+            f"accelerate launch --num_cpu_threads_per_process {each} uses them"
+        )
 
 
 def begin(run: RunFolder, settings: Settings, overwrite: bool, process: PartialState) -> None:

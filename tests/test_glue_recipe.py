@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -44,7 +45,7 @@ import ablation_teacher
 import glue
 from glue_arguments import parse_arguments
 from glue_grammar import demo_dataset, demo_model_config
-from glue_job import GlueJob
+from glue_job import GlueJob, hint_at_idle_cores
 from glue_stages import STAGES, RunFolder, read_json, write_json
 from glue_tasks import get_task
 from glue_training import (
@@ -582,6 +583,23 @@ def custom_files(folder: Path) -> list[str]:
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
         options += [f"--{split}_file", str(folder / f"{split}.jsonl")]
     return options
+
+
+@pytest.mark.parametrize(
+    ("processes", "threads", "cores", "hint"),
+    [(1, 1, 8, 8), (2, 1, 8, 4), (3, 2, 8, 2), (1, 8, 8, None), (4, 2, 8, None), (1, 1, None, None)],
+)
+def test_cores_that_are_left_idle_are_named_with_the_remedy(processes, threads, cores, hint, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
+    hint_at_idle_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=processes, print=print))
+    said = capsys.readouterr().out
+    assert (f"--num_cpu_threads_per_process {hint} " in said) if hint else not said
+
+
+def test_idle_cores_do_not_matter_on_another_device(capsys):
+    hint_at_idle_cores(SimpleNamespace(device=torch.device("cuda"), num_processes=1, print=print))
+    assert not capsys.readouterr().out
 
 
 def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path):
