@@ -31,6 +31,8 @@ _HOME = {
     "pack": "patching",
     "unpack": "patching",
     "rebinarize": "patching",
+    "save_model": "saving",
+    "load_model": "saving",
     "selected_modules": "patching",
     "stage_conflict": "patching",
     "fuse": "fusion",
@@ -48,6 +50,7 @@ _HOME = {
     "ReBNNTrainer": "trainer",
     "ReBNNTrainingArguments": "trainer",
     "plot_oscillation": "plotting",
+    "plot_epoch_flips": "plotting",
     "plot_latent_weights": "plotting",
     "plot_tradeoff": "plotting",
 }

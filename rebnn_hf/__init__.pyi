@@ -27,12 +27,14 @@ from .patching import (
     unpack as unpack,
 )
 from .plotting import (
+    plot_epoch_flips as plot_epoch_flips,
     plot_latent_weights as plot_latent_weights,
     plot_oscillation as plot_oscillation,
     plot_tradeoff as plot_tradeoff,
 )
 from .report import packed_size as packed_size, summary as summary
 from .resilience import Resilience as Resilience, attach as attach
+from .saving import load_model as load_model, save_model as save_model
 from .trainer import ReBNNTrainer as ReBNNTrainer, ReBNNTrainingArguments as ReBNNTrainingArguments
 
 __version__: str

@@ -1,9 +1,10 @@
-"""Where things are in a transformers model, whatever the architecture calls them."""
+"""Where things are in a model, whatever the architecture calls them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import takewhile
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -140,36 +141,66 @@ def require_transformers_model(model: object, function: str) -> None:
         )
 
 
+def require_model(model: object, function: str) -> None:
+    """Refuse what is no model, or only holds one: there the layers have other names than in the model itself.
+
+    Args:
+        model: what was passed.
+        function: the name of what it was passed to, for the message.
+
+    Raises:
+        TypeError: neither a transformers model nor a module without one inside.
+    """
+    if not isinstance(model, nn.Module) or _is_wrapper(model):
+        raise TypeError(
+            f"{function}() expects a transformers PreTrainedModel or a plain torch.nn.Module, got "
+            f"{type(model).__name__}; pass the model inside the wrapper (model[0].auto_model of a SentenceTransformer, "
+            "accelerator.unwrap_model(model) of DDP, peft_model.get_base_model()), and a transformers model as a whole."
+        )
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    """DDP and its like, torch.compile, PEFT, what other libraries put around a transformers model, or a part of one."""
+    if isinstance(model, PreTrainedModel):
+        return False
+    if type(model).__module__.startswith("transformers."):
+        return True
+    children = [name for name, _ in model.named_children()]
+    around = children in (["module"], ["_orig_mod"], ["_fsdp_wrapped_module"]) or hasattr(model, "get_base_model")
+    return around or any(isinstance(module, PreTrainedModel) for module in model.modules())
+
+
+def model_type(model: nn.Module) -> str:
+    """What transformers calls the architecture; of a plain module the name of its class."""
+    return model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+
+
+def is_base(model: nn.Module) -> bool:
+    """Whether a model is its own base model, as every plain module is."""
+    return not isinstance(model, PreTrainedModel) or model.base_model is model
+
+
 def encoder_of(model: PreTrainedModel) -> nn.Module | None:
     """The module that holds the blocks, None where `ENCODERS` does not know the architecture."""
     layout = ENCODERS.get(model.config.model_type)
     return None if layout is None else model.base_model.get_submodule(layout.encoder)
 
 
-def layout_of(model: PreTrainedModel) -> BlockLayout | None:
+def layout_of(model: nn.Module) -> BlockLayout | None:
     """Layout of the model's blocks, None where it is not known."""
-    return LAYOUTS.get(model.config.model_type)
+    return LAYOUTS.get(model.config.model_type) if isinstance(model, PreTrainedModel) else None
 
 
-def base_relative(model: PreTrainedModel, name: str) -> str | None:
+def base_relative(model: nn.Module, name: str) -> str | None:
     """Name of a module relative to the base model, None for a module outside of it."""
-    if model.base_model is model:
+    if is_base(model):
         return name
     prefix = model.base_model_prefix + "."
     return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
-def block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
-    return tuple(
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and base_relative(model, name) is not None
-        and len({type(block) for block in module}) == 1
-        and (isinstance(module, nn.ModuleList) or any(True for _ in module[0].children()))  # timm's are Sequential
-    )
-
+HEADS = ("head", "heads", "classifier", "fc")
+"""Names of what makes classes of features; in transformers models it is also what lies outside the base model."""
 
 STEMS = ("stem", "embedder", "patch_embed", "patch_embeddings")
 """Names of what turns an image into features."""
@@ -178,28 +209,80 @@ SHORTCUTS = ("downsample", "downsampling_layer", "shortcut")
 """Names of what makes a shortcut fit where a network halves its resolution."""
 
 
-def inner_convolutions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Conv2d]]:
-    """The convolutions of an image model that are neither its stem nor on a shortcut, and without groups.
+def is_named(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a module, or one that holds it, is called one of these."""
+    return not set(names).isdisjoint(name.split("."))
 
-    The stem is the first convolution, with all that is in one `nn.Sequential` with it, and whatever is named so.
-    """
-    convolutions = [
-        (name, module)
+
+def in_head(model: nn.Module, name: str) -> bool:
+    """Whether a layer outside the blocks belongs to the head; in a plain module all of them do."""
+    return not isinstance(model, PreTrainedModel) or base_relative(model, name) is None or is_named(name, HEADS)
+
+
+def block_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
+    return tuple(
+        f"{name}."
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and base_relative(model, name) is not None
-    ]
-    if not convolutions:
-        return
-    first = convolutions[0][0]
-    parent = first.rpartition(".")[0]
-    stem = f"{parent}." if type(model.get_submodule(parent)) is nn.Sequential else first
-    for name, module in convolutions:
-        parts = set(name.split("."))
-        if not name.startswith(stem) and not parts & {*STEMS, *SHORTCUTS} and module.groups == 1:
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and base_relative(model, name) is not None
+        and not is_named(name, HEADS)
+        and len({type(block) for block in module}) == 1
+        and (isinstance(module, nn.ModuleList) or any(True for _ in module[0].children()))  # timm's are Sequential
+    )
+
+
+def inner_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    """The convolutions of an image model that `kept_convolutions` does not keep float."""
+    kept = kept_convolutions(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in kept:
             yield name, module
 
 
-def blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def kept_convolutions(model: nn.Module) -> dict[str, str]:
+    """Full names of the convolutions that stay float by what they are, and what that is.
+
+    `head`: outside the base model, or named so. `stem`: the first convolution; those beside it in one `nn.Sequential`,
+    up to its first child with children, unless the network has no others; and what is named so. `shortcut`: what is
+    named so, and what sees each pixel once at most while it makes the image smaller, such as 1x1 with stride 2.
+    `groups`: with groups, such as depthwise ones.
+    """
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    inside = [name for name in every if base_relative(model, name) is not None]
+    stem = _stem(model, inside)
+    kept = {}
+    for name, module in every.items():
+        if name not in inside or is_named(name, HEADS):
+            kept[name] = "head"
+        elif name in stem or is_named(name, STEMS):
+            kept[name] = "stem"
+        elif is_named(name, SHORTCUTS) or _only_halves(module):
+            kept[name] = "shortcut"
+        elif module.groups > 1:
+            kept[name] = "groups"
+    return kept
+
+
+def _stem(model: nn.Module, convolutions: list[str]) -> set[str]:
+    if not convolutions:
+        return set()
+    first = convolutions[0]
+    parent, _, _ = first.rpartition(".")
+    holder = model.get_submodule(parent)
+    if type(holder) is not nn.Sequential:
+        return {first}
+    leading = takewhile(lambda child: not any(True for _ in child[1].children()), holder.named_children())
+    stem = {f"{parent}.{name}".removeprefix(".") for name, _ in leading} & set(convolutions)
+    return {first} if len(stem) == len(convolutions) else stem
+
+
+def _only_halves(conv: nn.Conv2d) -> bool:
+    """Whether the windows of a convolution that makes images smaller do not overlap."""
+    return max(conv.stride) > 1 and all(size <= step for size, step in zip(conv.kernel_size, conv.stride, strict=True))
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of each block of the encoder."""
     for prefix in block_prefixes(model):
         for index, block in enumerate(model.get_submodule(prefix.removesuffix("."))):

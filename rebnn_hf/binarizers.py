@@ -202,7 +202,7 @@ PARAMETRIC = (ShiftedSign, Elastic, RPReLU)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
+def calibrate(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> int:
     """Find the scales of elastic activations that have none yet, from one batch, in a single forward pass.
 
     Deterministic: the model runs in eval mode, and each scale is set when its layer is reached, so that later layers
@@ -210,7 +210,8 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
     Args:
         model: made by `binarize`.
-        batch: inputs as for `model(**batch)`, on the device of the model; every process must pass the same.
+        batch: inputs as for `model(**batch)`, or a tensor as for `model(batch)`, on the device of the model; every
+            process must pass the same.
 
     Returns:
         How many scales were set (0: there was nothing to do, and the model did not run).
@@ -227,7 +228,7 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any]) -> int:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        model(**batch)
+        model(batch) if isinstance(batch, Tensor) else model(**batch)
     except BaseException:
         for module in waiting.values():  # a scale from half a forward pass would be kept for good
             module.scale.zero_()

@@ -22,6 +22,9 @@ STATE_FILE = "trainer_state.json"
 DRAFT = "checkpoint.draft"
 """Where a checkpoint is until it is whole; no loader takes a folder of that name for one."""
 
+SIGNS_FILE = "epoch_signs.safetensors"
+"""The signs at the last epoch's end in a checkpoint of `ReBNNTrainer`, one bit each."""
+
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 
@@ -188,7 +191,7 @@ def damage(checkpoint: str | Path) -> str | None:
     except (OSError, ValueError, TypeError) as error:
         return f"its {STATE_FILE} cannot be read ({error})"
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    if not any(path.suffix in (".safetensors", ".bin", ".distcp") for path in files):
+    if not any(path.suffix in (".safetensors", ".bin", ".distcp") and path.name != SIGNS_FILE for path in files):
         return "it has no weights"
     cut = [str(path.relative_to(checkpoint)) for path in files if _is_cut(path)]
     return f"{', '.join(cut)} is cut or damaged" if cut else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -45,13 +47,14 @@ class ReBNNConfig(QuantizationConfigMixin):
             bool(0) = 0, half-way to even), which can be trained but not packed.
         word_embeddings: binarize the word embeddings (one scale per token).
         pooler: binarize the pooler.
-        head: binarize the linear layers of the task head.
+        head: binarize the linear layers of the task head; of a plain module those outside its blocks.
         untie_embeddings: allow binarizing word embeddings that a masked-LM decoder shares: the decoder then gets a
             float copy of its own. Without it such a model is refused.
         modules_to_not_convert: modules to leave float, with all they contain: names, whole parts of names
             (`attention`, `layer.0`), or regular expressions for the start of a name.
         state: `latent` (trainable) or `packed` (bits); set by `binarize` and `pack`.
-        converted: names of the 1-bit modules, relative to the base model; set by `binarize`.
+        converted: names of the 1-bit modules, relative to the base model (of plain modules: their names); set by
+            `binarize`.
         converted_head: names of the 1-bit modules outside the base model; set by `binarize`.
         converted_attention, converted_ffn: names of the attention modules and of the feed-forward functions that were
             changed, relative to the base model; set by `binarize`.
@@ -226,6 +229,21 @@ class ReBNNConfig(QuantizationConfigMixin):
         config = cls(**{**config_dict, **chosen})
         config.format_version = FORMAT_VERSION  # of what is written: older files are read as what they would be today
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def config_of(model: nn.Module) -> ReBNNConfig | None:
+    """The config that a model carries: in `model.config` as transformers wants it, a plain module by itself."""
+    for holder in (getattr(model, "config", None), model):
+        config = getattr(holder, "quantization_config", None)
+        if isinstance(config, ReBNNConfig):
+            return config
+    return None
+
+
+def give_config(model: nn.Module, config: ReBNNConfig) -> None:
+    """Put a config where `config_of` finds it, and transformers saves it."""
+    holder: Any = model.config if isinstance(model, PreTrainedModel) else model
+    holder.quantization_config = config
 
 
 def _some(names: list[str], most: int = 6, longest: int = 60) -> str:

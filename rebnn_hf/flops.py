@@ -22,7 +22,8 @@ from .architecture import (
     blocks,
     inner_convolutions,
     layout_of,
-    require_transformers_model,
+    model_type,
+    require_model,
 )
 from .binarizers import Elastic, TokenInt8
 from .layers import LATENT_TYPES, PACKED_TYPES
@@ -117,7 +118,7 @@ class Operations:
         )
 
 
-def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224) -> Operations:
+def operations(model: nn.Module, tokens: int = 128, image_size: int = 224) -> Operations:
     """Multiply-accumulates of one sequence or one image, by the bits of their factors.
 
     A linear layer O x M takes tokens * O * M (pooler, and heads that see one vector for each sequence: O * M); the two
@@ -125,8 +126,8 @@ def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224)
     output, padding included, M = C / groups * kh * kw. Elementwise work and look-ups are not counted.
 
     Args:
-        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`, or a convolutional network, which
-            runs once on a blank image; it may be on the meta device.
+        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`, or a convolutional network (of
+            transformers, or a plain module), which runs once on a blank image; it may be on the meta device.
         tokens: of the sequence, without padding.
         image_size: height and width of the image.
 
@@ -135,14 +136,14 @@ def operations(model: PreTrainedModel, tokens: int = 128, image_size: int = 224)
         table, `.to_dict()` is JSON.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a model, or a wrapper of one.
         ValueError: an architecture or head of which it is not known what it multiplies; `tokens` or `image_size` is no
             positive integer.
 
     Example:
         >>> print(rebnn_hf.operations(model, tokens=384))
     """
-    require_transformers_model(model, "operations")
+    require_model(model, "operations")
     for name, value in (("tokens", tokens), ("image_size", image_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
@@ -178,7 +179,7 @@ def _result(inputs: str, macs: dict[tuple[str, tuple[int, int]], int]) -> Operat
 
 
 @torch.no_grad()
-def _image_macs(model: PreTrainedModel, size: int) -> dict[tuple[str, tuple[int, int]], int]:
+def _image_macs(model: nn.Module, size: int) -> dict[tuple[str, tuple[int, int]], int]:
     """Multiply-accumulates of a convolutional network, by what its layers make of a blank image."""
     inner = dict(inner_convolutions(model))
     macs: dict[tuple[str, tuple[int, int]], int] = {}
@@ -198,7 +199,8 @@ def _image_macs(model: PreTrainedModel, size: int) -> dict[tuple[str, tuple[int,
     modes = [(module, module.training) for module in model.modules()]
     blank = first.weight.new_zeros(1, first.in_channels, size, size)  # the stem is float
     try:
-        model.eval()(pixel_values=blank)
+        model.eval()
+        model(pixel_values=blank) if isinstance(model, PreTrainedModel) else model(blank)
     finally:
         for module, training in modes:
             module.training = training
@@ -257,10 +259,10 @@ def _head_runs_once(model: PreTrainedModel) -> bool:
     )
 
 
-def _check_architecture(model: PreTrainedModel) -> None:
+def _check_architecture(model: nn.Module) -> None:
     if layout_of(model) is None:
         raise ValueError(
-            f"operations() must know what attention multiplies, and {model.config.model_type!r} is not among "
+            f"operations() must know what attention multiplies, and {model_type(model)!r} is not among "
             f"{', '.join(LAYOUTS)}; summary(model) shows bits and bytes of every architecture."
         )
     if getattr(model.config, "is_decoder", False):

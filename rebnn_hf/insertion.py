@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from .architecture import base_relative, blocks, layout_of
 from .attention import ATTENTION_OF, IMPLEMENTATION, use_binary_attention
@@ -11,7 +10,7 @@ from .binarizers import RPReLU, binarizer_of
 from .config import ReBNNConfig
 
 
-def add_activations(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -> None:
+def add_activations(model: nn.Module, config: ReBNNConfig, names: list[str]) -> None:
     """Insert what the config says, in place of what an earlier stage inserted.
 
     Args:
@@ -30,7 +29,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _add_inputs(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -> None:
+def _add_inputs(model: nn.Module, config: ReBNNConfig, names: list[str]) -> None:
     unsigned = _unsigned_inputs(model, config)
     for name in names:
         module = model.get_submodule(name)
@@ -43,7 +42,7 @@ def _add_inputs(model: PreTrainedModel, config: ReBNNConfig, names: list[str]) -
         module.input_binarizer = None if binarizer is None else _like(binarizer, module)
 
 
-def _unsigned_inputs(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
+def _unsigned_inputs(model: nn.Module, config: ReBNNConfig) -> set[str]:
     """Layers behind a feed-forward function that is (nearly) never negative: ReLU and GELU, but not RPReLU."""
     layout = layout_of(model)
     if layout is None or config.ffn_activation == "rprelu":
@@ -51,7 +50,7 @@ def _unsigned_inputs(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
     return {f"{block}.{layout.ffn_output}" for block, _ in blocks(model)}
 
 
-def _add_ffn_functions(model: PreTrainedModel, config: ReBNNConfig) -> None:
+def _add_ffn_functions(model: nn.Module, config: ReBNNConfig) -> None:
     for block in _changed_blocks(model, config.converted_ffn):
         layout = layout_of(model)
         width = block.get_submodule(layout.ffn_output).in_features
@@ -60,7 +59,7 @@ def _add_ffn_functions(model: PreTrainedModel, config: ReBNNConfig) -> None:
             replace_module(block, layout.ffn_activation, _like(function, block))
 
 
-def _add_attention(model: PreTrainedModel, config: ReBNNConfig) -> None:
+def _add_attention(model: nn.Module, config: ReBNNConfig) -> None:
     for block in _changed_blocks(model, config.converted_attention):
         attention = ATTENTION_OF[config.attention](config.activation_rule())
         use_binary_attention(block.get_submodule(layout_of(model).attention), _like(attention, block))
@@ -68,7 +67,7 @@ def _add_attention(model: PreTrainedModel, config: ReBNNConfig) -> None:
         model.set_attn_implementation(IMPLEMENTATION)
 
 
-def _changed_blocks(model: PreTrainedModel, changed: list[str]) -> list[nn.Module]:
+def _changed_blocks(model: nn.Module, changed: list[str]) -> list[nn.Module]:
     """Blocks that contain one of these modules, which the config names relative to the base model."""
     return [
         block

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import blocks, layout_of, require_transformers_model
+from .architecture import blocks, layout_of, require_model
 from .binarizers import Elastic
-from .config import ReBNNConfig
+from .config import ReBNNConfig, config_of, give_config
 from .functional import WeightRule
 from .fusion import fuse
 from .insertion import add_activations, replace_module
@@ -32,35 +33,40 @@ from .targets import (
 HUB_TAGS = ("rebnn", "1-bit")
 """Tags that every push of a 1-bit model to the Hub gives its card."""
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTrainedModel:
+
+def binarize(model: Model, config: ReBNNConfig | None = None) -> Model:
     """Give a float model 1-bit weights that can be trained: float -> latent, in place.
 
     By default every `nn.Linear` inside the encoder's blocks; embeddings, LayerNorm, pooler and task head stay float
-    (see `ReBNNConfig` for the switches). Of image models also the convolutions, but for the stem, shortcuts, and those
-    with groups. A model that was built of latent layers (`rebnn_hf.vision`) stays as it is and gets its config. The
-    forward pass uses `alpha * sign(W)` at once; to get accuracy back, train with `ReBNNTrainer`, or with any loop and
-    `rebnn_hf.attach`. Elastic activations take their scales from data first: `ReBNNTrainer` sees to it, other loops
-    call `rebnn_hf.calibrate(model, batch)`.
+    (see `ReBNNConfig` for the switches). Of image models also the convolutions, but for the stem, shortcuts, those
+    with groups and the head (`architecture.kept_convolutions` says what these are). A model that was built of latent
+    layers (`rebnn_hf.vision`) stays as it is and gets its config. The forward pass uses `alpha * sign(W)` at once; to
+    get accuracy back, train with `ReBNNTrainer`, or with any loop and `rebnn_hf.attach`. Elastic activations take
+    their scales from data first: `ReBNNTrainer` sees to it, other loops call `rebnn_hf.calibrate(model, batch)`.
 
     Args:
-        model: a transformers model with floating point weights; of a SentenceTransformer it is `model[0].auto_model`.
-        config: default `ReBNNConfig()`; it is copied, and the copy saved as `model.config.quantization_config`.
+        model: a transformers model with floating point weights (of a SentenceTransformer it is `model[0].auto_model`),
+            or a plain module, such as a network of torchvision or timm.
+        config: default `ReBNNConfig()`; it is copied, and the copy kept as `model.config.quantization_config`, in a
+            plain module as `model.quantization_config` (see `save_model`).
 
     Returns:
         The same model. On a model that is latent already, nothing changes.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a model, or a wrapper of one.
         ValueError: nothing matched; a packed, meta-device, quantized or otherwise not plainly float model; weights
-            shared between modules; a model that is latent under other settings; 1-bit attention on an architecture
-            that is not known. The model is as it was.
+            shared between modules, or multiplied by another module than their layer; a model that is latent under
+            other settings; 1-bit attention on an architecture that is not known. The model is as it was.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-uncased")
         >>> rebnn_hf.binarize(model, ReBNNConfig(word_embeddings=True))
+        >>> rebnn_hf.binarize(torchvision.models.resnet18(weights="DEFAULT"), ReBNNConfig(activation="elastic"))
     """
-    require_transformers_model(model, "binarize")
+    require_model(model, "binarize")
     saved = saved_config(model)
     if saved is not None:
         _require_same_method(saved, config)
@@ -70,19 +76,19 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
     targets = select(model, config)
     check_targets(model, targets, config)
     record(model, config, targets)
-    if isinstance(getattr(model.config, "quantization_config", None), ReBNNConfig):
+    if config_of(model) is not None:
         _own_config(model)
     if not built_in:
         for name, module in targets.items():
             replace_module(model, name, _latent(module, config))
         add_activations(model, config, list(targets))
         untie_binary_embeddings(model)
-    model.config.quantization_config = config
-    model.add_model_tags(list(HUB_TAGS))
+    give_config(model, config)
+    _tag(model)
     return model
 
 
-def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def pack(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Turn latent weights into bits: latent -> packed, in place. Outputs stay the same.
 
     In another `dtype` they stay the same but for its rounding, which few-bit activations can make large: an input near
@@ -94,19 +100,21 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
             the smallest file; default: unchanged.
 
     Returns:
-        The same model, ready for `save_pretrained`. Of a packed model only the type is changed, if one is given.
+        The same model, ready for `save_pretrained` (a plain module for `save_model`). Of a packed model only the type
+        is changed, if one is given.
 
     Raises:
-        TypeError: not a transformers model, or `dtype` is not floating point.
+        TypeError: not a model, or a wrapper of one; or `dtype` is not floating point.
         ValueError: not a binarized model; values that are not finite or do not fit into `dtype`; scales of elastic
             activations that were never found from data; `ties="released"`, whose signs have three values; weights
             that are sharded over processes.
     """
-    require_transformers_model(model, "pack")
+    require_model(model, "pack")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype} is not floating point; use torch.float32, torch.float16 or torch.bfloat16.")
     config = saved_config(model)
     if config is None:
+        _require_no_layers(model, "pack")
         raise ValueError("pack() expects a model made by rebnn_hf.binarize(), got a float one; binarize and train it.")
     _require_whole_weights(model, "pack")
     _check_packable(model, config)
@@ -117,11 +125,12 @@ def pack(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrained
     if dtype is not None:
         _cast_float(model, dtype)
     config.state = "packed"
-    fuse(model)
+    if isinstance(model, PreTrainedModel):
+        fuse(model)
     return model
 
 
-def unpack(model: PreTrainedModel) -> PreTrainedModel:
+def unpack(model: Model) -> Model:
     """Turn a 1-bit model into a plain float one with weights `alpha * b`, in place, for export or merging.
 
     Adapters of PEFT around its layers stay, and can be merged then.
@@ -133,12 +142,13 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
         The same model, without any class of this package in it. A float model is returned unchanged.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a model, or a wrapper of one.
         ValueError: activations or attention have few bits too: no float model computes the same.
     """
-    require_transformers_model(model, "unpack")
+    require_model(model, "unpack")
     config = saved_config(model)
     if config is None:
+        _require_no_layers(model, "unpack")
         return model
     some_blocks = 0 < len(config.converted_ffn) < len(list(blocks(model)))  # a float config has one function for all
     if config.activation != "none" or config.converted_attention or config.ffn_activation == "rprelu" or some_blocks:
@@ -158,11 +168,11 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def rebinarize(
-    model: PreTrainedModel,
+    model: Model,
     config: ReBNNConfig,
     carry_weight_scales: bool = True,
     carry_activation_scales: bool = False,
-) -> PreTrainedModel:
+) -> Model:
     """Continue a latent model under other rules, in place: the next stage of a staged distillation (BiT C7).
 
     Latent weights, biases and all that is float stay; the balance starts from 0. For example from 2-bit to 1-bit
@@ -179,12 +189,14 @@ def rebinarize(
         The same model.
 
     Raises:
-        TypeError: not a transformers model.
+        TypeError: not a model, or a wrapper of one.
         ValueError: not latent, the stages do not fit onto one another (`stage_conflict`), or 1-bit attention on an
             architecture that is not known. The model is as it was.
     """
-    require_transformers_model(model, "rebinarize")
+    require_model(model, "rebinarize")
     saved = saved_config(model)
+    if saved is None:
+        _require_no_layers(model, "rebinarize")
     _require_latent(saved)
     conflict = stage_conflict(saved, config)
     if conflict:
@@ -201,7 +213,7 @@ def rebinarize(
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and name in old:
             module.load_state_dict(old[name].state_dict())
-    model.config.quantization_config = config
+    give_config(model, config)
     return model
 
 
@@ -221,13 +233,13 @@ def stage_conflict(earlier: ReBNNConfig, later: ReBNNConfig) -> str | None:
     return None
 
 
-def selected_modules(model: PreTrainedModel, config: ReBNNConfig | None = None) -> list[str]:
+def selected_modules(model: nn.Module, config: ReBNNConfig | None = None) -> list[str]:
     """What `binarize` would convert, without changing anything; the model may be on the meta device.
 
     Raises:
         TypeError, ValueError: as `binarize` would.
     """
-    require_transformers_model(model, "selected_modules")
+    require_model(model, "selected_modules")
     config = config or ReBNNConfig()
     targets = select(model, config)
     check_targets(model, targets, config, on_meta=True)
@@ -239,13 +251,14 @@ def saved_config(model: nn.Module) -> ReBNNConfig | None:
 
     The layers decide: a float model may share its config object with a binarized one.
     """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    one_bit = any(isinstance(module, LATENT_TYPES + PACKED_TYPES) for module in model.modules())
-    return config if one_bit and isinstance(config, ReBNNConfig) else None
+    return config_of(model) if _has_layers(model) else None
 
 
-def forget_quantization(model: PreTrainedModel) -> None:
-    """Remove what marks a model as quantized for transformers."""
+def forget_quantization(model: nn.Module) -> None:
+    """Remove what marks a model as quantized for transformers and for this package."""
+    if not isinstance(model, PreTrainedModel):
+        del model.quantization_config
+        return
     del model.config.quantization_config
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in model.__dict__:
@@ -253,8 +266,8 @@ def forget_quantization(model: PreTrainedModel) -> None:
     model.model_tags = [tag for tag in model.model_tags or () if tag not in HUB_TAGS] or None
 
 
-def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
-    """Give a model on the meta device the layers that a saved checkpoint describes.
+def prepare_for_loading(model: nn.Module, config: ReBNNConfig) -> None:
+    """Give a model the layers that a saved checkpoint describes, for it to fill; it may be on the meta device.
 
     Raises:
         ValueError: a module named in the config does not exist in this architecture or is of another type.
@@ -263,11 +276,11 @@ def prepare_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
     for name in names:
         module = model.get_submodule(name)
         if config.state == "packed":
-            replace_module(model, name, PACKED_OF[float_type(module)].like(module))
+            replace_module(model, name, PACKED_OF[float_type(module)].like(module).train(module.training))
         else:
             replace_module(model, name, _latent(module, config))
     add_activations(model, config, names)
-    model.add_model_tags(list(HUB_TAGS))
+    _tag(model)
 
 
 def select_for_loading(model: PreTrainedModel, config: ReBNNConfig) -> None:
@@ -296,7 +309,26 @@ def untie_binary_embeddings(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}
 
 
+def _tag(model: nn.Module) -> None:
+    if isinstance(model, PreTrainedModel):
+        model.add_model_tags(list(HUB_TAGS))
+
+
 # Checks
+
+
+def _has_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, LATENT_TYPES + PACKED_TYPES) for module in model.modules())
+
+
+def _require_no_layers(model: nn.Module, verb: str) -> None:
+    """A module without a config of its own may be a part of one that has it, hold one, or be built of such layers."""
+    if _has_layers(model):
+        raise ValueError(
+            f"{verb}() expects a model made by rebnn_hf.binarize(), and this {type(model).__name__} has 1-bit layers "
+            "but no config: pass the module that binarize() was given, or call binarize() on a network that was built "
+            "of such layers."
+        )
 
 
 def _require_whole_weights(model: nn.Module, verb: str) -> None:
@@ -378,8 +410,10 @@ def _check_values(model, dtype: torch.dtype | None) -> None:
 # Swaps
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def _own_config(model: nn.Module) -> None:
     """Leave the config to the binarized model it was shared with, or copied from."""
+    if not isinstance(model, PreTrainedModel):
+        return
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():
         if getattr(module, "config", None) is shared:
@@ -405,9 +439,10 @@ def _change_rule(module: nn.Module, config: ReBNNConfig, carry_scales: bool) -> 
         module.weight_scale = old_scale
 
 
-def _cast_float(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _cast_float(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what is saved as float; buffers that are not saved (rotary frequencies) keep their type, as in a load."""
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
-    model.config.dtype = dtype
+    if isinstance(model, PreTrainedModel):
+        model.config.dtype = dtype

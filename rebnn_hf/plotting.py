@@ -40,21 +40,46 @@ def plot_oscillation(log_history: list[dict[str, float]], path: str | Path) -> N
     figure = matplotlib.figure.Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3).flat
     for axis, (name, title, logarithmic) in zip(axes, _PANELS, strict=False):
-        layers = [key for key in logs[0] if key.startswith(f"{name}/")]
-        for index, layer in enumerate(layers):
-            shade = matplotlib.colormaps["viridis"](index / max(1, len(layers) - 1))
-            axis.plot(*_series(logs, layer), color=shade, linewidth=0.6, alpha=0.7)
-        axis.plot(*_series(logs, name), color="black", linewidth=2)
+        _draw_layers(axis, logs, name)
         axis.set(title=title, xlabel="step")
         if logarithmic:
-            positive = [log[name] for log in logs if log.get(name, 0) > 0]
-            axis.set_yscale("symlog", linthresh=min(positive, default=1e-9))
-            axis.set_ylim(bottom=0)
+            _scale_logarithmically(axis, [log[name] for log in logs if name in log])
     last = axes[-1]
     for name in [key for key in logs[0] if key == "loss" or key.startswith("loss_")]:
         last.plot(*_series(logs, name), label=name.removeprefix("loss_"))
     last.set(title="losses", xlabel="step", yscale="log")
     last.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_epoch_flips(log_history: list[dict[str, float]], path: str | Path) -> None:
+    """Draw the flip ratio of each epoch, as the paper does: the share of weights whose sign at its end is another than
+    at the end of the epoch before (see `epochs`).
+
+    The bold line is the whole model; thin lines, where layers were logged (`log_oscillation="layer"`), run from the
+    first layer (dark) to the last (light).
+
+    Args:
+        log_history: `trainer.state.log_history` of a `ReBNNTrainer`.
+        path: PNG file to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the history holds no whole epoch.
+    """
+    matplotlib = _matplotlib()
+    logs = [log for log in log_history if "epoch_flip_ratio" in log]
+    if not logs:
+        raise ValueError(
+            "log_history holds no 'epoch_flip_ratio'; pass trainer.state.log_history of a ReBNNTrainer that trained "
+            "for a whole epoch."
+        )
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    _draw_layers(axis, logs, "epoch_flip_ratio", over="epoch")
+    axis.set(title="weights whose sign changed from the end of one epoch to the next", xlabel="epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    _scale_logarithmically(axis, [log["epoch_flip_ratio"] for log in logs])
     figure.savefig(path, dpi=110)
 
 
@@ -154,6 +179,23 @@ def _matplotlib():
     return matplotlib
 
 
-def _series(logs: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
-    points = [(log["step"], log[name]) for log in logs if name in log]
-    return [step for step, _ in points], [value for _, value in points]
+def _draw_layers(axis, logs: list[dict[str, float]], name: str, over: str = "step") -> None:
+    """A quantity of the whole model as a bold line over thin ones of its layers."""
+    matplotlib = _matplotlib()
+    layers = [key for key in logs[0] if key.startswith(f"{name}/")]
+    marker = "." if len(logs) == 1 else None  # a line of one point is not seen
+    for index, layer in enumerate(layers):
+        shade = matplotlib.colormaps["viridis"](index / max(1, len(layers) - 1))
+        axis.plot(*_series(logs, layer, over), color=shade, linewidth=0.6, alpha=0.7, marker=marker)
+    axis.plot(*_series(logs, name, over), color="black", linewidth=2, marker=marker)
+
+
+def _scale_logarithmically(axis, values: list[float]) -> None:
+    """With room for 0."""
+    axis.set_yscale("symlog", linthresh=min((value for value in values if value > 0), default=1e-9))
+    axis.set_ylim(bottom=0)
+
+
+def _series(logs: list[dict[str, float]], name: str, over: str = "step") -> tuple[list[float], list[float]]:
+    points = [(log[over], log[name]) for log in logs if name in log]
+    return [place for place, _ in points], [value for _, value in points]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import block_prefixes
+from .architecture import block_prefixes, in_head, is_base, kept_convolutions
 from .binarizers import PARAMETRIC, RPReLU
-from .config import ReBNNConfig
+from .config import config_of
 from .flops import code_bits, linear_bits
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .notebook import html_table
@@ -42,6 +42,15 @@ HEADER = ("module", "type", "parameters", "added", "W/A bits", "bytes now", "byt
 
 WORDS = (0, 1, 7)
 """Those of them that hold words."""
+
+
+CONVOLUTIONS = {
+    "head": "outside the encoder",
+    "stem": "stem",
+    "shortcut": "shortcut or downsampling",
+    "groups": "groups, such as depthwise",
+}
+"""What a summary calls convolutions that stay float."""
 
 
 @dataclass(frozen=True)
@@ -244,11 +253,11 @@ class _Place:
     """Where in a model a module is, by the same rules that `binarize` chooses by."""
 
     def __init__(self, model: nn.Module):
-        config = getattr(getattr(model, "config", None), "quantization_config", None)
-        self.config = config if isinstance(config, ReBNNConfig) else None
-        base = getattr(model, "base_model", model)
-        self.base = "" if base is model else f"{model.base_model_prefix}."
-        self.blocks = block_prefixes(model) if isinstance(model, PreTrainedModel) else ()
+        self.model, self.config = model, config_of(model)
+        self.known = isinstance(model, PreTrainedModel) or self.config is not None
+        self.base = "" if is_base(model) else f"{model.base_model_prefix}."
+        self.blocks = block_prefixes(model) if self.known else ()
+        self.kept = kept_convolutions(model) if self.known else {}
         try:
             self.words = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not a transformers model, or one without tokens
@@ -268,7 +277,10 @@ class _Place:
             return "embedding"
         if "pooler" in name.split("."):
             return "pooler"
-        return "block" if name.startswith(self.blocks) else "outside"
+        if name.startswith(self.blocks):
+            return "block"
+        head = self.known and isinstance(module, nn.Linear) and in_head(self.model, name)
+        return "head" if head else "outside"
 
     def part(self, name: str, module: nn.Module, key: str) -> str:
         """The part of `packed_size` that a tensor belongs to."""
@@ -319,6 +331,8 @@ def _reason(name: str, module: nn.Module, place: _Place) -> str:
     }
     if where in ("embedding", "norm"):
         return where
+    if isinstance(module, nn.Conv2d):
+        return CONVOLUTIONS.get(place.kept.get(name), "listed in modules_to_not_convert")
     if not isinstance(module, nn.Linear | nn.Embedding):
         return "not a linear layer"
     if where in switches:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .config import ReBNNConfig
+from .config import config_of
 from .functional import (
     BalanceRule,
     balance,
@@ -119,6 +119,11 @@ class Resilience:
         """Names of the layers under the rule."""
         return list(self._layers)
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers under the rule by their names."""
+        return {name: layer.module for name, layer in self._layers.items()}
+
     def detach(self) -> None:
         """Take the hooks off the optimizer; the balance stays in the layers."""
         for handle in self._handles:
@@ -177,7 +182,7 @@ class Resilience:
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
         _refuse_hidden_gradients(optimizer, args, kwargs)
-        _require_held(optimizer, {name: layer.module for name, layer in self._layers.items()})
+        _require_held(optimizer, self.modules)
         # Without gradient it is not part of this step: the optimizer leaves the weight alone, so do we.
         layers = {name: layer for name, layer in self._layers.items() if layer.module.weight.grad is not None}
         for name, layer in layers.items():
@@ -297,12 +302,12 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
 
 
 def overall(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Statistics of all layers as one: means weighted by the number of weights, the largest of `balance_max`."""
+    """Statistics of all layers as one: means weighted by the number of weights, the largest of what is a maximum."""
     layers = list(statistics.values())
     weights = sum(layer["weights"] for layer in layers)
-    names = [name for name in (layers[0] if layers else {}) if name not in ("weights", "balance_max")]
+    names = [name for name in (layers[0] if layers else {}) if name != "weights"]
     means = {name: sum(layer[name] * layer["weights"] for layer in layers) / weights for name in names}
-    return means | ({"balance_max": max(layer["balance_max"] for layer in layers)} if layers else {})
+    return means | {name: max(layer[name] for layer in layers) for name in names if name.endswith("_max")}
 
 
 def _true_per_row(mask: Tensor) -> Tensor:
@@ -372,11 +377,8 @@ def _through_centering(grad: Tensor, rule) -> Tensor:
 
 def _configured_rule(model: nn.Module) -> BalanceRule:
     """The rule in the config of a model, which may be wrapped (DDP, torch.compile)."""
-    for module in model.modules():
-        config = getattr(getattr(module, "config", None), "quantization_config", None)
-        if isinstance(config, ReBNNConfig):
-            return config.balance()
-    return BalanceRule()
+    config = next((config for module in model.modules() if (config := config_of(module)) is not None), None)
+    return BalanceRule() if config is None else config.balance()
 
 
 def _paces(optimizer) -> dict[int, float]:

@@ -3,6 +3,7 @@ anything."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from types import NoneType
@@ -10,14 +11,24 @@ from types import NoneType
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import LAYOUTS, base_relative, block_prefixes, blocks, inner_convolutions, layout_of
+from .architecture import (
+    LAYOUTS,
+    base_relative,
+    block_prefixes,
+    blocks,
+    in_head,
+    inner_convolutions,
+    is_base,
+    layout_of,
+    model_type,
+)
 from .binarizers import ClippedSign, ShiftedSign
 from .config import ReBNNConfig
 from .functional import shown
 from .layers import LATENT_OF, LATENT_TYPES
 
 
-def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
+def select(model: nn.Module, config: ReBNNConfig) -> dict[str, nn.Module]:
     """Full name and module of what the config chooses; in a model that was built of latent layers, these.
 
     Raises:
@@ -32,7 +43,8 @@ def select(model: PreTrainedModel, config: ReBNNConfig) -> dict[str, nn.Module]:
         found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         raise ValueError(
             f"nothing to binarize in {type(model).__name__}: of its {len(found)} linear layers and convolutions none "
-            f"is in a block of the encoder and selected by the config. Looked at: {', '.join(found) or 'nothing'}. "
+            f"is in a block of the encoder, or a convolution behind the stem, and selected by the config. Looked at: "
+            f"{', '.join(found) or 'nothing'}. "
             f"Skipped by modules_to_not_convert: {', '.join(sorted(skipped)) or 'none'}."
         )
     return targets
@@ -75,7 +87,7 @@ def built_in_config(layers: dict[str, nn.Module]) -> ReBNNConfig:
     )
 
 
-def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
     """Modules that the switches of the config choose, before names are looked at."""
     prefixes = block_prefixes(model)
     if config.word_embeddings:
@@ -83,19 +95,23 @@ def _candidates(model: PreTrainedModel, config: ReBNNConfig) -> Iterator[tuple[s
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        inside = base_relative(model, name) is not None
         if "pooler" in name.split("."):
             chosen = config.pooler
-        elif inside:
-            chosen = name.startswith(prefixes)
+        elif name.startswith(prefixes):
+            chosen = True
         else:
-            chosen = config.head
+            chosen = config.head and in_head(model, name)
         if chosen:
             yield name, module
     yield from inner_convolutions(model)
 
 
-def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
+def _word_embeddings(model: nn.Module) -> tuple[str, nn.Embedding]:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"word_embeddings=True needs a transformers model, which says where they are, and {type(model).__name__} "
+            "is none; use word_embeddings=False."
+        )
     module = model.get_input_embeddings()
     if not isinstance(module, nn.Embedding):
         raise ValueError(
@@ -105,7 +121,7 @@ def _word_embeddings(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
     return next(name for name, m in model.named_modules() if m is module), module
 
 
-def skipped_modules(model: PreTrainedModel, config: ReBNNConfig) -> set[str]:
+def skipped_modules(model: nn.Module, config: ReBNNConfig) -> set[str]:
     """Names of modules matched by `modules_to_not_convert`, as full or as base-relative names.
 
     Raises:
@@ -148,6 +164,7 @@ def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_
             )
         if type(module) is nn.Conv2d:
             _check_convolution(name, module, config)
+        _check_called(model, name)
         if not module.weight.is_floating_point():
             raise ValueError(f"{name}.weight is {module.weight.dtype}; expected floating point weights.")
         if module.weight.is_meta and not on_meta:
@@ -157,6 +174,23 @@ def check_targets(model, targets: dict[str, nn.Module], config: ReBNNConfig, on_
         if getattr(module, "max_norm", None) is not None or getattr(module, "sparse", False):
             raise ValueError(f"{name} uses max_norm or sparse gradients, which 1-bit embeddings do not support.")
     _check_unshared(model, targets, config)
+
+
+def _check_called(model: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight the module around it multiplies by itself: it would stay float without a word."""
+    parent, _, child = name.rpartition(".")
+    kind = type(model.get_submodule(parent))
+    if kind.__module__.startswith("transformers."):  # which call the layer, and only look at the type of its weight
+        return
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # defined where Python keeps no text
+        return
+    if re.search(rf"\bself\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape))", source):
+        raise ValueError(
+            f"{name} is not called: {kind.__name__}.forward() takes its weight and computes by itself, in float; add "
+            f"{name!r} to modules_to_not_convert."
+        )
 
 
 def _check_convolution(name: str, conv: nn.Conv2d, config: ReBNNConfig) -> None:
@@ -184,7 +218,7 @@ def check_architecture(model, config: ReBNNConfig) -> None:
     wanted += [f"ffn_activation={config.ffn_activation!r}"] if config.ffn_activation != "model" else []
     if wanted and layout_of(model) is None:
         raise ValueError(
-            f"{' and '.join(wanted)} must know the modelling code, and {model.config.model_type!r} is not among "
+            f"{' and '.join(wanted)} must know the modelling code, and {model_type(model)!r} is not among "
             f"{', '.join(LAYOUTS)}; attention='softmax' with ffn_activation='model' works on every architecture."
         )
 
@@ -207,9 +241,10 @@ def _check_unshared(model, targets: dict[str, nn.Module], config: ReBNNConfig) -
             raise ValueError(f"{own} is shared with {', '.join(sorted(others))}, and bits cannot be tied: {remedy}.")
 
 
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+def tied_weights(model: nn.Module) -> dict[str, str]:
     """Weights that transformers ties, {copy: original}; on the meta device they are not one parameter yet."""
-    return model.all_tied_weights_keys if getattr(model.config, "tie_word_embeddings", False) else {}
+    ties = isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", False)
+    return model.all_tied_weights_keys if ties else {}
 
 
 def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
@@ -240,12 +275,12 @@ def _blocks_to_change(model, config: ReBNNConfig) -> tuple[list[str], list[str]]
     return attention, names[layout.ffn_activation] if config.ffn_activation != "model" else []
 
 
-def full_name(model: PreTrainedModel, relative: str) -> str:
+def full_name(model: nn.Module, relative: str) -> str:
     """Name in this model of a module that the config names relative to the base model."""
-    return relative if model.base_model is model else f"{model.base_model_prefix}.{relative}"
+    return relative if is_base(model) else f"{model.base_model_prefix}.{relative}"
 
 
-def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
+def names_to_load(model: nn.Module, config: ReBNNConfig) -> list[str]:
     """Full names, in this model, of the modules a config calls converted.
 
     Another head class, or none, may lack the pooler and the head.
@@ -275,7 +310,7 @@ def names_to_load(model: PreTrainedModel, config: ReBNNConfig) -> list[str]:
     return names
 
 
-def check_saved(model: PreTrainedModel, config: ReBNNConfig) -> None:
+def check_saved(model: nn.Module, config: ReBNNConfig) -> None:
     """Whether a model has what the config of a saved one says was changed.
 
     Raises:

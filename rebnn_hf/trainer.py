@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from . import distillation
 from .binarizers import PARAMETRIC, Elastic, calibrate
 from .card import complete_card
 from .checkpoints import WholeCheckpoints
+from .epochs import EpochFlips
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
 from .presets import loss_fields
@@ -153,6 +155,7 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
 
     Attributes:
         resilience: handle of the balance rule, once the optimizer exists (None before).
+        epoch_flips: the signs at the last epoch's end, with it; each whole epoch logs its `epoch_flip_ratio`.
 
     Raises:
         ValueError: a model without 1-bit layers, nothing to train on, a teacher that is the student, or a way of
@@ -187,9 +190,16 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         # gradients would grow with accumulation steps and processes (transformers issue 47688).
         self.model_accepts_loss_kwargs = False
         self.resilience: Resilience | None = None
+        self.epoch_flips: EpochFlips | None = None
+        self.add_callback(_EpochEnds(self))
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
+        if self.teacher is not None and args.hidden_weight and not _gives_hidden_states(self.model):
+            raise ValueError(
+                f"hidden_weight={args.hidden_weight} needs hidden states, and {type(self.model).__name__}.forward() "
+                "does not take output_hidden_states; use hidden_weight=0.0."
+            )
         if not any(isinstance(m, LATENT_TYPES + PACKED_TYPES) for m in self.model.modules()):
             raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
 
@@ -204,6 +214,7 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             if not given:
                 self._regroup(optimizer)
             self.resilience = attach(optimizer, self.model)
+            self.epoch_flips = EpochFlips(self.resilience.modules)
         return optimizer
 
     def train(self, *args, **kwargs):
@@ -236,6 +247,22 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         if "loss" in logs:
             logs = {**logs, **self._mean_losses(), **self._oscillation()}
         super().log(logs, start_time)
+
+    def log_epoch(self) -> None:
+        """Log the flip ratios of the epoch that ends here (see `epochs`)."""
+        layers = {} if self.epoch_flips is None else self.epoch_flips.end_epoch()
+        if layers:
+            self.log(overall(layers) | self._by_layer(layers))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.epoch_flips is not None and self.args.should_save:
+            self.epoch_flips.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.epoch_flips is not None and checkpoint is not None:
+            self.epoch_flips.load(checkpoint)
 
     def _check_distribution(self) -> None:
         if self.args.n_gpu > 1:
@@ -341,6 +368,10 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
         student = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's wrapper loads adapters
         if isinstance(teacher, str | Path):
+            if not hasattr(type(student), "from_pretrained"):
+                raise ValueError(
+                    f"teacher={str(teacher)!r} is a name, which only transformers models are loaded by; pass the model."
+                )
             teacher = type(student).from_pretrained(teacher)
         if teacher in (self.model, student):
             raise ValueError("the teacher is the student itself; pass a float copy made before binarize().")
@@ -392,10 +423,29 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         logs = overall(layers)
         if self.resilience.rule.form == "gradient":  # the decoupled form minimises no loss
             logs["loss_reconstruction"] = self.resilience.reconstruction_loss()
-        if self.args.log_oscillation == "layer":
-            for name, statistics in layers.items():
-                logs |= {f"{what}/{name}": value for what, value in statistics.items() if what != "weights"}
-        return logs
+        return logs | self._by_layer(layers)
+
+    def _by_layer(self, layers: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Statistics of each layer under names of their own, where they are asked for."""
+        if self.args.log_oscillation == "total":
+            return {}
+        return {
+            f"{what}/{name}": value
+            for name, statistics in layers.items()
+            for what, value in statistics.items()
+            if what != "weights"
+        }
+
+
+class _EpochEnds(TrainerCallback):
+    """Tells a trainer of the last step of each epoch, before the step's checkpoint is written."""
+
+    def __init__(self, trainer: ReBNNTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch == int(state.epoch):
+            self.trainer.log_epoch()
 
 
 def _check_arguments(args: TrainingArguments, teacher) -> None:
@@ -410,6 +460,11 @@ def _check_arguments(args: TrainingArguments, teacher) -> None:
             "relation_weight and attention_weight watch modules inside the model, which torch_compile hides; set both "
             "to 0, or torch_compile=False."
         )
+
+
+def _gives_hidden_states(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _logits(outputs, mask: Tensor | None) -> list[Tensor]:

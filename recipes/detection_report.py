@@ -6,23 +6,19 @@ import time
 from typing import Any
 
 from detection_job import DetectionJob
-from glue_report import MEGABYTE, command, hardware, installed_versions, model_bytes, oscillation
+from glue_report import MEGABYTE, command, draw_training, hardware, installed_versions, model_bytes, oscillation
 from glue_stages import read_json, write_json
 from huggingface_hub import EvalResult, ModelCardData
 
-from rebnn_hf import plot_latent_weights, plot_oscillation
 from rebnn_hf.checkpoints import STATE_FILE
 
 
 def write_report(job: DetectionJob) -> None:
     """Writes the plots, the model card and, last, `results.json`: where it exists, everything else does."""
     results = collect(job)
-    root = job.run.root
     if job.binary:
-        log = read_json(job.run.folder("latent") / STATE_FILE)["log_history"]
-        results["oscillation"] = oscillation(log)
-        plot_oscillation(log, root / "oscillation.png")
-        plot_latent_weights(job.load(job.run.folder("latent")), root / "weights.png")
+        results["oscillation"] = oscillation(read_json(job.run.folder("latent") / STATE_FILE)["log_history"])
+        draw_training(job)
     (job.run.folder(job.run.stages[-1]) / "README.md").write_text(model_card(job, results), encoding="utf-8")
     write_json(job.run.results_file, results)
 

@@ -20,7 +20,7 @@ from glue_stages import read_json, write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rebnn_hf
-from rebnn_hf import model_card, plot_latent_weights, plot_oscillation
+from rebnn_hf import model_card, plot_epoch_flips, plot_latent_weights, plot_oscillation
 from rebnn_hf.checkpoints import STATE_FILE
 
 if TYPE_CHECKING:
@@ -32,14 +32,22 @@ MEGABYTE = 1e6
 def write_report(job: Job) -> None:
     """Writes the plots, the model card and, last, `results.json`: where it exists, everything else does."""
     results = collect(job)
-    root, packed = job.run.root, job.run.folder("packed")
-    log = read_json(job.run.folder("latent") / STATE_FILE)["log_history"]
-    plot_oscillation(log, root / "oscillation.png")
-    plot_latent_weights(job.load(job.run.folder("latent")), root / "weights.png")
+    packed = job.run.folder("packed")
+    draw_training(job)
     card(job, results).save(packed / "README.md")
     if "adapter" in results:
         adapter_card(job, results).save(job.run.folder("adapter") / "README.md")
     write_json(job.run.results_file, results)
+
+
+def draw_training(job: Job) -> None:
+    """Draws what signs did in the training of the latent model, in steps and in epochs, and the weights it left."""
+    root, latent = job.run.root, job.run.folder("latent")
+    log = read_json(latent / STATE_FILE)["log_history"]
+    plot_oscillation(log, root / "oscillation.png")
+    if any("epoch_flip_ratio" in entry for entry in log):  # a run may be shorter than an epoch
+        plot_epoch_flips(log, root / "epoch_flips.png")
+    plot_latent_weights(job.load(latent), root / "weights.png")
 
 
 def collect(job: Job) -> dict[str, Any]:

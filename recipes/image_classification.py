@@ -6,10 +6,11 @@
 
 Stages: train the float teacher; distil it into a student with 1-bit activations (stage one of ReActNet and ReBNN), then
 into one whose weights are 1-bit too; pack that into bits, reload the packed folder and evaluate it, write
-`results.json`, a model card and plots of oscillation and weights. Interrupted, the same command continues where it
-stopped; stages that are complete are not repeated.
+`results.json`, a model card and plots: oscillation, flip ratios of each layer by epochs, latent weights. Interrupted,
+the same command continues where it stopped; stages that are complete are not repeated.
 
-The defaults for images other than the digits are those of the paper, but for the colour noise of its training images.
+The defaults for images other than the digits are those of the paper, but for the noise along the principal components
+of colour (AlexNet's, of strength 0.1) that the released code adds to training images: timm has no such transform.
 """
 
 from __future__ import annotations

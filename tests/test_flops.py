@@ -275,7 +275,9 @@ def test_errors():
         operations(DebertaV2Model(DebertaV2Config(**SHAPE)))
     with pytest.raises(ValueError, match="decoder"):
         operations(BertModel(BertConfig(**SHAPE, is_decoder=True)))
-    with pytest.raises(TypeError, match="expects a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match=r"expects a transformers PreTrainedModel or a plain .*, got str"):
+        operations("model")
+    with pytest.raises(ValueError, match="'Linear' is not among bert"):
         operations(torch.nn.Linear(2, 2))
     for tokens in (0, -1, 1.5, True, "128"):
         with pytest.raises(ValueError, match="tokens"):

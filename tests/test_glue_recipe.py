@@ -178,6 +178,7 @@ def test_folder_holds_what_it_should_and_nothing_else(finished):
         "settings.json",
         "results.json",
         "oscillation.png",
+        "epoch_flips.png",
         "weights.png",
     }
     assert not list(finished.folder.rglob("checkpoint-*")), "checkpoints of finished stages"
@@ -465,7 +466,8 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_an_adapter_is_added_to_a_finished_run(finished, adapted):
     after = stamps(adapted.folder)
     changed = {name for name in adapted.before if after[name] != adapted.before[name]}
-    assert changed == {"settings.json", "results.json", "oscillation.png", "weights.png", "packed/README.md"}
+    pictures = {"oscillation.png", "epoch_flips.png", "weights.png"}
+    assert changed == {"settings.json", "results.json", "packed/README.md", *pictures}
     results, tensors = adapted.results, adapter_weights(adapted.folder)
     assert results["bytes"]["adapter"] == (adapted.folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert results["adapter"] == {"rank": 4, "parameters": sum(tensor.numel() for tensor in tensors.values())}

@@ -1,10 +1,10 @@
-"""The picture of latent weights: its numbers and refusals. That of a training run is tested with the Trainer."""
+"""Pictures of latent weights and of epochs: numbers and refusals. That of a training run is tested with the Trainer."""
 
 import pytest
 import torch
 from torch import nn
 
-from rebnn_hf import plot_latent_weights
+from rebnn_hf import plot_epoch_flips, plot_latent_weights
 from rebnn_hf.functional import WeightRule
 from rebnn_hf.layers import BinaryConv2d, BinaryLinear
 from rebnn_hf.plotting import WIDEST, latent_histogram
@@ -48,4 +48,26 @@ def test_models_without_latent_weights_are_refused(tmp_path):
         plot_latent_weights(nn.Linear(2, 2), tmp_path / "weights.png")
     with pytest.raises(ValueError, match="before pack"):
         plot_latent_weights(nn.Sequential(BinaryLinear(5, 5).pack()), tmp_path / "weights.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_flips_are_drawn_over_epochs(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((x, y, style["linewidth"])))
+    ratios = ((0.5, 0.2, 0.3), (0.1, 0.0, 0.02))
+    epochs = [
+        {"epoch": 1.0 + i, "step": 7 + 7 * i, "epoch_flip_ratio": total}
+        | {"epoch_flip_ratio/a": first, "epoch_flip_ratio/b": last}
+        for i, (first, last, total) in enumerate(ratios)
+    ]
+    plot_epoch_flips([{"loss": 1.0, "flip_ratio": 0.4, "step": 1}, *epochs], tmp_path / "epochs.png")
+    assert drawn == [([1.0, 2.0], [0.5, 0.1], 0.6), ([1.0, 2.0], [0.2, 0.0], 0.6), ([1.0, 2.0], [0.3, 0.02], 2)]
+    assert (tmp_path / "epochs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_shorter_than_an_epoch_have_no_picture_of_epochs(tmp_path):
+    with pytest.raises(ValueError, match=r"no 'epoch_flip_ratio'; pass .* that trained for a whole epoch"):
+        plot_epoch_flips([{"loss": 1.0, "flip_ratio": 0.4, "step": 1}], tmp_path / "epochs.png")
     assert not list(tmp_path.iterdir())

@@ -393,6 +393,7 @@ def test_results_and_folder(finished):
         "results.json",
         "predictions.json",
         "oscillation.png",
+        "epoch_flips.png",
         "weights.png",
     }
     packed = AutoModelForQuestionAnswering.from_pretrained(finished.folder / "packed")

@@ -12,12 +12,11 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..architecture import block_prefixes
 from ..binarizers import PARAMETRIC, Elastic
-from ..config import ReBNNConfig
 from ..fusion import fuse
 from ..hub import forget_folder
 from ..layers import LATENT_TYPES, PACKED_TYPES
-from ..packing import has_clean_padding
 from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
+from ..soundness import check_bits, check_calibrated, check_finite
 from ..targets import check_saved
 
 
@@ -88,12 +87,12 @@ class ReBNNQuantizer(HfQuantizer):
             elif isinstance(module, PARAMETRIC):
                 module.reset_parameters()
             if isinstance(module, PACKED_TYPES):
-                _check_bits(name, module)
+                check_bits(name, module)
             if self.pre_quantized:
-                _check_finite(name, module)
+                check_finite(name, module)
             if isinstance(module, Elastic):
                 module.check_calibration()
-                _check_calibrated(name, module, self.quantization_config)
+                check_calibrated(name, module, self.quantization_config)
         if not self.pre_quantized:
             untie_binary_embeddings(model)
         elif self.quantization_config.state == "packed":
@@ -157,25 +156,3 @@ def _lacks(missing: list[str]) -> str:
     return (
         f"the checkpoint lacks {', '.join(missing[:6])}: it was cut, or its config.json belongs to another checkpoint."
     )
-
-
-def _check_bits(name: str, module: torch.nn.Module) -> None:
-    if module.weight.dtype != torch.uint8:
-        raise ValueError(f"{name}.weight is {module.weight.dtype} in the checkpoint; packed bits are uint8.")
-    if not has_clean_padding(module.weight, module.width):
-        raise ValueError(f"{name}.weight has spare bits set; the checkpoint was damaged or written by something else.")
-    if (module.weight_scale < 0).any():
-        raise ValueError(f"{name}.weight_scale must be >= 0; the checkpoint was damaged.")
-
-
-def _check_finite(name: str, module: torch.nn.Module) -> None:
-    if not isinstance(module, LATENT_TYPES + PACKED_TYPES + PARAMETRIC):
-        return
-    for key, tensor in _own_tensors(module).items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            raise ValueError(f"{name}.{key} holds NaN or infinity; the checkpoint was damaged.")
-
-
-def _check_calibrated(name: str, module: Elastic, config: ReBNNConfig) -> None:
-    if config.state == "packed" and not module.calibrated and not module.scale.is_meta:
-        raise ValueError(f"{name}.scale is 0, and a packed model has scales; the checkpoint was damaged.")

@@ -43,7 +43,7 @@ STAGES = ("teacher", "latent", "packed")
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
 
-glue_report.plot_oscillation = glue_report.plot_latent_weights = lambda *_: None
+glue_report.plot_oscillation = glue_report.plot_epoch_flips = glue_report.plot_latent_weights = lambda *_: None
 
 
 @dataclass

@@ -100,10 +100,11 @@ def assert_same(found: list[dict[str, np.ndarray]], expected: list[dict[str, np.
 
 
 def test_folder_holds_what_it_should_and_nothing_else(finished):
-    names = {"shapes", "stages", "settings.json", "results.json", "oscillation.png", "weights.png"}
+    pictures = {"oscillation.png", "epoch_flips.png", "weights.png"}
+    names = {"shapes", "stages", "settings.json", "results.json", *pictures}
     assert {path.name for path in finished.folder.iterdir()} == {*STAGES, *names}
     assert not list(finished.folder.rglob("checkpoint-*"))
-    assert (finished.folder / "oscillation.png").read_bytes().startswith(b"\x89PNG")
+    assert all((finished.folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
 def test_scores_are_those_of_what_the_saved_folder_finds(finished, tmp_path):

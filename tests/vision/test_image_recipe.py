@@ -88,10 +88,12 @@ def test_folder_holds_what_it_should_and_nothing_else(finished):
         "settings.json",
         "results.json",
         "oscillation.png",
+        "epoch_flips.png",
         "weights.png",
     }
     assert not list(finished.folder.rglob("checkpoint-*"))
-    assert (finished.folder / "oscillation.png").read_bytes().startswith(b"\x89PNG")
+    for picture in finished.folder.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_packed_folder_answers_like_the_latent_one(finished):
@@ -123,6 +125,24 @@ def test_layers_are_logged_and_the_card_says_what_is_one_bit(finished):
     assert card.data.pipeline_tag == "image-classification" and "import rebnn_hf.vision" in card.text
     assert card.text.count("PackedConv2d") >= 1 and "distilled from test_resnet in two stages" in card.text
     assert card.data.eval_results[0].metric_value == pytest.approx(finished.results["scores"]["packed"]["accuracy"])
+
+
+def epoch_flips(folder: Path) -> list[dict[str, float]]:
+    return [log for log in read_json(folder / "latent" / STATE_FILE)["log_history"] if "epoch_flip_ratio" in log]
+
+
+def test_flip_ratios_of_the_epoch_are_those_of_the_saved_weights(finished):
+    """The one epoch of stage two begins with the weights of stage one."""
+    first, last = weights(finished.folder / "stage-1"), weights(finished.folder / "latent")
+    (log,) = epoch_flips(finished.folder)
+    assert log["epoch"] == 1 and log["step"] == STEPS
+    layers = [name.removeprefix("epoch_flip_ratio/") for name in log if name.startswith("epoch_flip_ratio/")]
+    changed = {name: (first[f"{name}.weight"] < 0) != (last[f"{name}.weight"] < 0) for name in layers}
+    assert len(layers) == 16 and any(mask.any() for mask in changed.values())
+    for name, mask in changed.items():
+        assert log[f"epoch_flip_ratio/{name}"] == pytest.approx(mask.float().mean().item()), name
+    total = sum(mask.sum().item() for mask in changed.values()) / sum(mask.numel() for mask in changed.values())
+    assert log["epoch_flip_ratio"] == pytest.approx(total)
 
 
 def test_stage_two_begins_with_the_weights_of_stage_one(finished, copied):
@@ -194,6 +214,7 @@ def test_interrupted_training_continues_to_the_same_weights(stage, finished, tmp
     for name in STAGES:
         assert_equal(weights(tmp_path / name), weights(finished.folder / name))
     assert results["scores"] == finished.results["scores"]
+    assert epoch_flips(tmp_path) == epoch_flips(finished.folder)
 
 
 # ----------------------------------------------------------------------------------------------- images of one's own
