@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, benchmark, fusion, kernels
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.layers import PackedLinear
+from rebnn_hf.loading import check_twins
 
 needs_engine = pytest.mark.skipif(not kernels.cpu.available(), reason=kernels.cpu.why_not())
 CONFIG = {
@@ -32,7 +34,7 @@ def float_model():
 
 def packed_model(preset="rebnn-bit-w1a1", **overrides):
     model = rebnn_hf.binarize(float_model(), ReBNNConfig.preset(preset, **overrides)).eval()
-    rebnn_hf.calibrate(model, benchmark.random_inputs(model, 2, 8))
+    rebnn_hf.calibrate(model, random_inputs(model, 2, 8))
     return rebnn_hf.pack(model)
 
 
@@ -43,7 +45,7 @@ def named(where, place):
 @needs_engine
 def test_places_of_a_fused_model_and_of_the_same_layer_by_layer():
     model = packed_model(word_embeddings=True)
-    inputs = benchmark.random_inputs(model, 2, 8)
+    inputs = random_inputs(model, 2, 8)
     where = benchmark.places(model, inputs)
     assert named(where, "fused") == INSIDE
     assert named(where, "engine") == {"bert.embeddings.word_embeddings"}
@@ -62,7 +64,7 @@ def test_places_of_a_fused_model_and_of_the_same_layer_by_layer():
 @needs_engine
 def test_places_are_those_of_the_run_not_of_the_settings():
     model = packed_model()
-    inputs = benchmark.random_inputs(model, 2, 8)
+    inputs = random_inputs(model, 2, 8)
     with kernels.use_backend("reference"):
         assert named(benchmark.places(model, inputs), "reference") == INSIDE
     model.bert.encoder.layer[1].output.dense.forward = lambda x: PackedLinear.reference(
@@ -89,44 +91,7 @@ def test_float_twin_has_the_shape_and_nothing_of_the_method():
     assert all(type(m) is nn.Linear for m in twin.modules() if isinstance(m, nn.Linear))
     assert twin.config._attn_implementation == "sdpa" and not hasattr(twin.config, "quantization_config")
     assert model.config.quantization_config.state == "packed"
-    benchmark.check_twins(model, twin)
-
-
-@pytest.mark.parametrize("key, value", [("vocab_size", 51), ("hidden_size", 64), ("num_hidden_layers", 1)])
-def test_other_float_models_are_refused(key, value):
-    other = BertForSequenceClassification(BertConfig(**{**CONFIG, key: value}))
-    with pytest.raises(ValueError, match=rf"the float model has {key}={value} and the packed one {CONFIG[key]}"):
-        benchmark.check_twins(packed_model(), other)
-
-
-def test_inputs():
-    inputs = benchmark.random_inputs(float_model(), 3, 16)
-    assert inputs["input_ids"].shape == (3, 16) and inputs["input_ids"].dtype == torch.int64
-    assert inputs["input_ids"].max() < 50 and inputs["attention_mask"].all()
-    for batch, length in ((0, 4), (1, 0), (1, 17)):
-        with pytest.raises(ValueError, match=f"{batch} x {length} tokens do not fit.*1 to 16"):
-            benchmark.random_inputs(float_model(), batch, length)
-    vision = ViTForImageClassification(
-        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=32)
-    )
-    with pytest.raises(ValueError, match="reads pixel_values"):
-        benchmark.random_inputs(vision, 1, 4)
-
-
-def test_load(tmp_path):
-    model, other = packed_model(), float_model()
-    model.save_pretrained(tmp_path / "packed")
-    other.save_pretrained(tmp_path / "float")
-    loaded = benchmark.load(str(tmp_path / "packed"), "packed")
-    assert type(loaded) is BertForSequenceClassification and not loaded.training
-    assert isinstance(loaded.bert.encoder.layer[0].output.dense, PackedLinear)
-    assert type(benchmark.load(str(tmp_path / "float"), "latent", "float").classifier) is nn.Linear
-    with pytest.raises(ValueError, match="is not a packed model"):
-        benchmark.load(str(tmp_path / "float"), "packed")
-    with pytest.raises(ValueError, match="is not a float model: its config has quant_method='rebnn'"):
-        benchmark.load(str(tmp_path / "packed"), "float")
-    with pytest.raises(ValueError, match="nowhere' is no model"):
-        benchmark.load(str(tmp_path / "nowhere"), "packed")
+    check_twins(model, twin)
 
 
 def test_contenders_compute_what_the_float_model_computes(tmp_path):
@@ -134,7 +99,7 @@ def test_contenders_compute_what_the_float_model_computes(tmp_path):
     model = float_model()
     for parameter in model.parameters():
         parameter.data.mul_(3)  # logits that differ by more than rounding
-    inputs = benchmark.random_inputs(model, 2, 8)
+    inputs = random_inputs(model, 2, 8)
     with torch.inference_mode():
         expected = model(**inputs).logits
         contenders = benchmark.FloatModels(model, tmp_path).contenders(inputs, 1)
@@ -152,7 +117,7 @@ def test_contenders_compute_what_the_float_model_computes(tmp_path):
 def test_race_measures_all_on_the_same_inputs(tmp_path):
     model = packed_model()
     floats = benchmark.FloatModels(copy.deepcopy(benchmark.float_twin(model)), tmp_path)
-    rows = benchmark.race({"packed": model}, floats, benchmark.random_inputs(model, 2, 8), 1, 3)
+    rows = benchmark.race({"packed": model}, floats, random_inputs(model, 2, 8), 1, 3)
     present = [n for n in benchmark.BASELINES if n in floats.models or n in floats.files]
     assert [row["contender"] for row in rows] == ["packed", *present]
     for row in rows:
@@ -160,4 +125,4 @@ def test_race_measures_all_on_the_same_inputs(tmp_path):
         for other in rows[1:]:
             assert row[f"x {other['contender']}"] == pytest.approx(other["median ms"] / row["median ms"])
     with pytest.raises(ValueError, match="cannot be measured"):
-        benchmark.race({}, floats, benchmark.random_inputs(model, 2, 8), 1000, 3)
+        benchmark.race({}, floats, random_inputs(model, 2, 8), 1000, 3)

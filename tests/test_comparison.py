@@ -10,7 +10,7 @@ from torch import nn
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 
 SIZES = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
 

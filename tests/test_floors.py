@@ -14,6 +14,8 @@ FLOORS = {
     "checkpoints": 0,
     "distillation": 0,
     "functional": 0,
+    "inputs": 0,
+    "loading": 0,
     "notebook": 0,
     "packing": 0,
     "presets": 0,

@@ -8,7 +8,7 @@ import transformers as hf
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, fusion
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.layers import PACKED_TYPES
 from rebnn_hf.packing import pack_signs, packed_width, unpack_signs
 from rebnn_hf.report import packed_size
