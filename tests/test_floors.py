@@ -51,7 +51,7 @@ FLOORS = {
 }
 
 INSIDE = {
-    "cli": ["output", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
+    "cli": ["output", "fields", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
     "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet", "detection"],
 }
 """Files of folders in which files import each other: only those before them."""
