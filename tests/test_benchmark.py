@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, benchmark, fusion, kernels
@@ -112,6 +119,52 @@ def test_contenders_compute_what_the_float_model_computes(tmp_path):
         tolerance = 1e-5 if name.endswith("fp32") else 0.3
         assert (logits - expected).abs().max() < tolerance * spread, name
         assert name.endswith("fp32") or not torch.equal(logits, expected), name
+
+
+def image_model(name):
+    torch.manual_seed(0)
+    if name == "vit":
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=4)
+        model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, initializer_range=0.2, **sizes))
+        nn.init.normal_(model.classifier.weight)  # transformers starts it at 0
+        return model.eval()
+    sizes = dict(embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic", num_labels=4)
+    return ResNetForImageClassification(ResNetConfig(pretrained_cfg={"input_size": [3, 24, 24]}, **sizes)).eval()
+
+
+@pytest.mark.parametrize("name, sides, int8", [("vit", [16], "torch int8"), ("resnet", [24, 40], None)])
+def test_contenders_see_the_same_images(name, sides, int8, tmp_path):
+    """One file serves all sizes. torch has int8 for linear layers only, so a convolutional network is not in it."""
+    model = image_model(name)
+    floats = benchmark.FloatModels(model, tmp_path)
+    for side in sides:
+        inputs = random_inputs(model, 3, side)
+        with torch.inference_mode():
+            expected = model(**inputs).logits
+            outputs = {c.name: c.call() for c in floats.contenders(inputs, 1)}
+        onnx = [] if benchmark.missing_for_onnx() else ["ORT fp32", "ORT int8"]
+        assert list(outputs) == ["torch fp32", "torch bf16", *([int8] if int8 else []), *onnx]
+        for contender, output in outputs.items():
+            logits = torch.as_tensor(output[0]).float()
+            tolerance = 1e-4 if contender.endswith("fp32") else 0.3
+            assert (logits - expected).abs().max() < tolerance * expected.std(), contender
+            assert contender.endswith("fp32") or not torch.equal(logits, expected), contender
+
+
+def test_float_twin_of_a_model_that_is_built_of_1_bit_layers():
+    pytest.importorskip("timm", reason="image backbones need timm: pip install 'rebnn_hf[vision]'")
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    import rebnn_hf.vision
+
+    config = TimmWrapperConfig(architecture="rebnn_resnet18", num_labels=4, model_args={"stem": "cifar"})
+    model = rebnn_hf.pack(rebnn_hf.binarize(TimmWrapperForImageClassification(config)))
+    twin = benchmark.float_twin(model)
+    convolutions = [m for m in twin.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) >= 17
+    assert all(type(m) is nn.Conv2d for m in convolutions)
+    with torch.inference_mode():
+        assert twin(**random_inputs(twin, 1, 32)).logits.isfinite().all()
 
 
 def test_race_measures_all_on_the_same_inputs(tmp_path):

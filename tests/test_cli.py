@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import rebnn_hf
 from rebnn_hf import cli, kernels
+from rebnn_hf.benchmark import missing_for_onnx
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.kernels import cpu
 from rebnn_hf.layers import LATENT_TYPES, PACKED_TYPES
 
@@ -218,6 +220,64 @@ def image_folders(tmp_path_factory):
     sizes = dict(embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic", num_labels=3)
     hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).save_pretrained(root / "resnet")
     return root
+
+
+@pytest.fixture(scope="module")
+def packed_images(image_folders):
+    """The same in few bits: weights and inputs of the ViT 1-bit; of the other, inputs are 4-bit."""
+    for name, bits in (("vit", 1), ("resnet", 4)):
+        model = hf.AutoModelForImageClassification.from_pretrained(image_folders / name).eval()
+        rebnn_hf.binarize(model, rebnn_hf.ReBNNConfig.preset("rebnn-elastic-w1a1", activation_bits=bits))
+        rebnn_hf.calibrate(model, random_inputs(model, 2, 12 if name == "vit" else 32))
+        rebnn_hf.pack(model).save_pretrained(image_folders / f"packed-{name}")
+    return image_folders
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "name, options, sizes, layers, baselines",
+    [
+        ("vit", ["--batch", "1", "2"], ["1 x 12", "2 x 12"], 12, {"torch fp32", "torch bf16", "torch int8"}),
+        ("resnet", ["--batch", "2", "--side", "24", "40"], ["2 x 24", "2 x 40"], 4, {"torch fp32", "torch bf16"}),
+    ],
+)
+def test_bench_of_images(packed_images, name, options, sizes, layers, baselines, capsys):
+    packed = str(packed_images / f"packed-{name}")
+    real = str(packed_images / name)
+    assert cli.main(["bench", packed, "--float", real, *options, "--rounds", "1", "--threads", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    places = list(result["places"].values())
+    assert (
+        places.count("engine") == layers and places.count("float") == len(places) - layers and "reference" not in places
+    )
+    expected = {"packed"} | baselines | (set() if missing_for_onnx() else {"ORT fp32", "ORT int8"})
+    for size in sizes:
+        rows = [row for row in result["rows"] if row["batch x side"] == size]
+        assert {row["contender"] for row in rows} == expected and all(row["median ms"] > 0 for row in rows)
+    assert len(result["rows"]) == len(sizes) * len(expected)
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (
+            "packed-vit",
+            ["--length", "8"],
+            "ViTForImageClassification reads images, which have no --length; give their --side",
+        ),
+        (
+            None,
+            ["--side", "8"],
+            "BertForSequenceClassification does not read images, which have a --side; give a --length",
+        ),
+        ("packed-vit", ["--side", "16"], "Input image size (16*16) doesn't match model (12*12)"),
+        ("packed-resnet", ["--side", "0"], "1 images of 0 x 0 do not fit"),
+    ],
+)
+def test_bench_refuses_sizes_that_are_not_the_models(packed_images, model, options, message, capsys):
+    assert cli.main(["bench", GOLDEN if model is None else str(packed_images / model), *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and "|" not in printed.out
 
 
 def saved_method(folder):
