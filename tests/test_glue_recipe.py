@@ -689,6 +689,25 @@ def test_an_architecture_that_cannot_be_binarized_is_refused_before_its_teacher_
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+def test_what_is_said_of_such_an_architecture_can_be_done(tmp_path):
+    """Each way out that the message names is an option of the recipe, and passes the same check."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    MPNetModel(MPNetConfig(vocab_size=300, **shape)).save_pretrained(tmp_path)
+
+    def check(*options: str) -> None:
+        arguments = parse_arguments(["--model_name_or_path", str(tmp_path), *options])
+        run = RunFolder(tmp_path / "run")
+        glue.check_architecture(GlueJob(arguments, None, None, None, run, run.folder("teacher"), None))
+
+    with pytest.raises(SystemExit) as refused:
+        check("--preset", "rebnn-bit-w1a1")
+    said = str(refused.value)
+    assert "attention='softmax' with ffn_activation='model' works on every architecture" in said
+    assert "preset 'rebnn-elastic-w1a1'" in said and "Fields are options of the same name: --attention softmax" in said
+    check("--preset", "rebnn-bit-w1a1", "--attention", "softmax", "--ffn_activation", "model")
+    check("--preset", "rebnn-elastic-w1a1")
+
+
 def test_presets_that_cannot_be_packed_are_refused_before_training(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--preset", "bit-released"])
