@@ -163,6 +163,17 @@ def test_convolutions(tmp_path):
     assert_same_logits(tmp_path / "model.onnx", model, images, {"pixel_values": torch.randn(5, 3, 24, 24)})
 
 
+def test_images_need_no_example(tmp_path):
+    """Without one it is of the size that the config says."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, image_size=(8, 12))
+    model = hf.ViTForImageClassification(hf.ViTConfig(patch_size=(4, 4), **sizes)).eval()
+    torch.nn.init.normal_(model.classifier.weight)  # transformers starts it at 0
+    images = {"pixel_values": torch.randn(3, 3, 8, 12)}
+    packed(model, "rebnn-elastic-w1a1", images)
+    rebnn_hf.export_onnx(model, tmp_path / "model.onnx")
+    assert_same_logits(tmp_path / "model.onnx", model, images)
+
+
 def test_unpacked_models_need_nothing_of_it(tmp_path):
     model = rebnn_hf.unpack(bert("rebnn-w1a32", word_embeddings=True))
     example = padded(model, 2, 7)
