@@ -28,7 +28,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig
-from rebnn_hf.benchmark import FloatModels, describe, layered, missing_for_onnx, places, race, random_inputs
+from rebnn_hf.benchmark import FloatModels, describe, layered, missing_for_onnx, places, race
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.kernels import backend, cpu
 from rebnn_hf.timing import CLOCKS, Contender, Row, compare, interleave, table, threads
 

@@ -14,121 +14,34 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .architecture import encoder_of
 from .fusion import fuse
-from .layers import PACKED_TYPES
+from .inputs import example_inputs, reads_images
+from .insertion import replace_module
+from .layers import LATENT_TYPES, PACKED_TYPES
 from .timing import Contender, Row, compare, interleave, threads
 
 BASELINES = ("torch fp32", "torch bf16", "torch int8", "ORT fp32", "ORT int8")
 ONNX_PACKAGES = ("onnx", "onnxruntime")
+CALIBRATION_BATCHES = 2
+"""Of two images each, for static quantization."""
 
 
-# The models
-
-
-REMEDIES = {
-    "packed": "`rebnn pack` makes one of a trained latent one",
-    "latent": "`rebnn binarize` makes one of a float one",
-    "float": "it is the one that `rebnn binarize` was given",
-}
-"""How to come by a model in a state."""
-
-
-def load(name: str, *states: str) -> PreTrainedModel:
-    """A model from a folder or the Hub, in eval mode, as the class that it was saved as.
-
-    Args:
-        name: folder, or name on the Hub.
-        states: that will do: `float`, `latent`, `packed`.
-
-    Raises:
-        ValueError: there is none, or it is in another state.
-    """
-    config = saved_model_config(name)
-    saved = getattr(config, "quantization_config", None) or {}
-    ours = saved.get("quant_method") == "rebnn"
-    state = saved.get("state") if ours else "quantized" if saved else "float"
-    if state not in states:
-        found = (
-            f"quant_method={saved.get('quant_method')!r}, state={saved.get('state')!r}"
-            if saved
-            else "no quantization_config"
-        )
-        raise ValueError(
-            f"{name!r} is not a {' or '.join(states)} model: its config has {found}; {REMEDIES[states[0]]}."
-        )
-    return class_of(config).from_pretrained(name).eval()
-
-
-def saved_model_config(name: str) -> PretrainedConfig:
-    """The config of a model in a folder or on the Hub.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{name!r} is no model: neither a folder with a config.json that transformers knows, nor a name on the Hub "
-            "that can be reached from here."
-        ) from None
-
-
-def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a model was saved as."""
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
-
-
-def longest(model: PreTrainedModel) -> int:
-    """Tokens that a model can read at once."""
-    return getattr(model.config, "max_position_embeddings", 2**31)
+# What one could run instead
 
 
 def float_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A float model of the same shape with random weights, which do not change how long it takes."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    return type(model)(type(model.config).from_dict(config)).eval()
-
-
-def check_twins(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Refuse models that do not read the same tokens or do not have the same shape.
-
-    Raises:
-        ValueError: they differ.
-    """
-    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        mine, theirs = (getattr(m.config, key, None) for m in (model, other))
-        if mine != theirs:
-            raise ValueError(
-                f"the float model has {key}={theirs!r} and the packed one {mine!r}: it was made from another."
-            )
-
-
-def random_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    """Random tokens without padding, int64 [batch, length].
-
-    Raises:
-        ValueError: the model does not read text, or not so much of it.
-    """
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} reads {model.main_input_name}; only models that read text can run here."
-        )
-    if batch < 1 or not 1 <= length <= longest(model):
-        raise ValueError(
-            f"{batch} x {length} tokens do not fit: the batch must be at least 1, the length 1 to {longest(model)}."
-        )
-    ids = torch.randint(model.config.vocab_size, (batch, length))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-# What one could run instead
+    twin = type(model)(type(model.config).from_dict(config)).eval()
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, LATENT_TYPES):  # of a class that is built of them (rebnn_hf.vision)
+            replace_module(twin, name, layer.to_float())
+    return twin
 
 
 def missing_for_onnx() -> list[str]:
@@ -145,17 +58,29 @@ class FloatModels:
     """
 
     def __init__(self, model: PreTrainedModel, folder: str | Path):
-        self.models = {
-            "torch fp32": model,
-            "torch bf16": copy.deepcopy(model).bfloat16(),
-            "torch int8": torch_int8(model),
-        }
+        self.models = {"torch fp32": model, "torch bf16": copy.deepcopy(model).bfloat16()}
+        if not mostly_convolutions(model):
+            self.models["torch int8"] = torch_int8(model)
         self.files = {} if missing_for_onnx() else onnx_files(model, Path(folder))
 
     def contenders(self, inputs: Mapping[str, Tensor], number: int) -> list[Contender]:
         """All of them, with these inputs and so many threads."""
-        eager = [Contender(name, partial(model, **inputs)) for name, model in self.models.items()]
+        eager = [Contender(name, partial(model, **_as_read(model, inputs))) for name, model in self.models.items()]
         return eager + [Contender(name, onnx_call(file, inputs, number)) for name, file in self.files.items()]
+
+
+def _as_read(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs with floats in the type of the model."""
+    return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def mostly_convolutions(model: nn.Module) -> bool:
+    """Whether convolutions have most of the weights; dynamic quantization is for linear layers."""
+    convolutions, linears = (
+        sum(module.weight.numel() for module in model.modules() if isinstance(module, kind))
+        for kind in (nn.Conv2d, nn.Linear)
+    )
+    return convolutions > linears
 
 
 def torch_int8(model: nn.Module) -> nn.Module:
@@ -165,17 +90,48 @@ def torch_int8(model: nn.Module) -> nn.Module:
 
 
 def onnx_files(model: PreTrainedModel, folder: Path) -> dict[str, Path]:
-    """The model for ONNX Runtime: float, and dynamically quantized to int8."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    """The model for ONNX Runtime: float, and quantized to int8, as its documentation advises.
 
+    That is dynamically, but statically where convolutions have most of the weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {"ORT fp32": folder / "fp32.onnx", "ORT int8": folder / "int8.onnx"}
     with quiet():
         if not files["ORT fp32"].exists():
-            export_onnx(model, files["ORT fp32"])
+            trace(model, files["ORT fp32"])
         if not files["ORT int8"].exists():
-            quantize_dynamic(files["ORT fp32"], files["ORT int8"], weight_type=QuantType.QInt8)
+            quantize = quantize_statically if mostly_convolutions(model) else quantize_dynamically
+            quantize(model, files["ORT fp32"], files["ORT int8"])
     return files
+
+
+def quantize_dynamically(model: PreTrainedModel, source: Path, target: Path) -> None:
+    """Inputs become int8 in every call; the convolution that embeds patches of images stays float."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kinds = ["MatMul"] if reads_images(model) else None
+    quantize_dynamic(source, target, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+
+
+def quantize_statically(model: PreTrainedModel, source: Path, target: Path) -> None:
+    """Per channel, with scales of the inputs from a few random images."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):
+        """Random ones, of the size that the model was made for."""
+
+        def __init__(self):
+            self.left = iter([example_inputs(model) for _ in range(CALIBRATION_BATCHES)])
+
+        def get_next(self):
+            images = next(self.left, None)
+            return None if images is None else {name: x.numpy() for name, x in images.items()}
+
+    prepared = source.with_name("prepared.onnx")
+    quant_pre_process(source, prepared)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, target, Images(), per_channel=True, **types)
 
 
 class _FirstOutput(nn.Module):
@@ -187,15 +143,16 @@ class _FirstOutput(nn.Module):
         return self.model(**dict(zip(self.names, tensors, strict=True)), return_dict=False)[0]
 
 
-def export_onnx(model: PreTrainedModel, path: Path) -> None:
-    """Write a model for inputs of any batch and length, by tracing: its graphs run faster than those of `dynamo`."""
-    inputs = random_inputs(model, 2, min(16, longest(model)))
+def trace(model: PreTrainedModel, path: Path) -> None:
+    """Write an ONNX file for inputs of any batch and size, by tracing: its graphs run faster than those of `dynamo`."""
+    inputs = example_inputs(model)
+    free = {0: "batch", 2: "height", 3: "width"} if reads_images(model) else {0: "batch", 1: "length"}
     torch.onnx.export(
         _FirstOutput(model, inputs).eval(),
         tuple(inputs.values()),
         path,
         input_names=list(inputs),
-        dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs},
+        dynamic_axes=dict.fromkeys(inputs, free),
         dynamo=False,
     )
 
@@ -249,7 +206,7 @@ class _Calls(TorchDispatchMode):
 
 @torch.no_grad()
 def places(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, str]:
-    """Run a packed model once and see where each linear and embedding layer was computed.
+    """Run a packed model once and see where each linear, embedding and convolution layer was computed.
 
     Returns:
         By name: `fused`, inside the one call for the whole encoder; `engine`, in a call of its own; `reference`, 1-bit
@@ -263,7 +220,7 @@ def places(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, st
         if isinstance(layer, PACKED_TYPES):
             called = layer.weight.data_ptr() in calls.bits
             result[name] = "fused" if layer in fused else "engine" if called else "reference"
-        elif isinstance(layer, nn.Linear | nn.Embedding):
+        elif isinstance(layer, nn.Linear | nn.Embedding | nn.Conv2d):
             result[name] = "float"
     return result
 
@@ -310,6 +267,13 @@ def race(
     ours = [Contender(name, partial(model, **inputs)) for name, model in packed.items()]
     with threads(number), torch.inference_mode():
         times = interleave(ours + floats.contenders(inputs, number), rounds, clock=clock)
-    batch, length = next(iter(inputs.values())).shape
-    size = {"batch x tokens": f"{batch} x {length}", "threads": number}
-    return [size | row for row in compare(times, BASELINES)]
+    return [{**_size(inputs), "threads": number} | row for row in compare(times, BASELINES)]
+
+
+def _size(inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first column of a table: its head and what stands in it."""
+    batch, *sizes = next(iter(inputs.values())).shape
+    if "pixel_values" not in inputs:
+        return {"batch x tokens": f"{batch} x {sizes[0]}"}
+    _, height, width = sizes
+    return {"batch x side": f"{batch} x {height}" if height == width else f"{batch} x {height} x {width}"}

@@ -183,7 +183,7 @@ def _operations(models, inputs: Mapping[str, Tensor] | None) -> tuple[list[dict[
     given = {} if inputs is None else inputs
     sizes = {"tokens": given["input_ids"].shape[-1] if "input_ids" in given else TOKENS}
     if "pixel_values" in given:
-        sizes["image_size"] = given["pixel_values"].shape[-1]
+        sizes["image_size"] = tuple(given["pixel_values"].shape[-2:])
     try:
         found = [operations(model, **sizes) for model in models]
     except ValueError as reason:

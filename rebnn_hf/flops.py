@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from .architecture import (
@@ -26,8 +27,15 @@ from .architecture import (
     require_model,
 )
 from .binarizers import Elastic, TokenInt8
+from .inputs import image_sides, pair
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .notebook import html_table
+
+TEXT_ENCODERS = (*LAYOUTS, "mpnet", "modernbert")
+"""`model_type` of the encoders of text whose attention multiplies as BERT's does, each token by each."""
+
+IMAGE_ENCODERS = ("vit", "deit")
+"""`model_type` of those that read the patches of an image, and a token or two beside them."""
 
 PARTS = (
     "linear layers of the embeddings",
@@ -41,8 +49,14 @@ PARTS = (
 )
 """Parts of `operations`, in the order of its rows."""
 
-HEADS_ONCE = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
-"""How the classes are called whose head sees one vector for each sequence."""
+HEADS_ONCE = (
+    "ForSequenceClassification",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForImageClassification",
+    "ForImageClassificationWithTeacher",
+)
+"""How the classes are called whose head sees one vector for each sequence or image."""
 
 HEADS_EACH = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 """How the classes are called whose head sees every token."""
@@ -56,6 +70,9 @@ COUNTED = (
 
 WIDEST_CODE = 8
 """Bits of the widest integer codes; wider factors are float."""
+
+Macs = dict[tuple[str, tuple[int, int]], int]
+"""Multiply-accumulates by part and bits."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +135,24 @@ class Operations:
         )
 
 
-def operations(model: nn.Module, tokens: int = 128, image_size: int = 224) -> Operations:
+def operations(model: nn.Module, tokens: int = 128, image_size: int | tuple[int, int] | None = None) -> Operations:
     """Multiply-accumulates of one sequence or one image, by the bits of their factors.
 
     A linear layer O x M takes tokens * O * M (pooler, and heads that see one vector for each sequence: O * M); the two
-    products of attention take 2 * tokens^2 * hidden size in each block; a convolution O * M for each position of its
-    output, padding included, M = C / groups * kh * kw. Elementwise work and look-ups are not counted.
+    products of attention take 2 * tokens^2 * hidden size in each block, windows too: what is masked is multiplied all
+    the same; a convolution O * M for each position of its output, padding included, M = C / groups * kh * kw. The
+    tokens of a vision transformer are the patches of the image, and its class and distillation tokens. Elementwise work
+    and look-ups are not counted.
+
+    Covered are BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT, MPNet and ModernBERT; ViT and DeiT; convolutional
+    networks without attention. DeBERTa is not: it multiplies by relative positions too.
 
     Args:
-        model: float, latent or packed, of an architecture in `architecture.LAYOUTS`, or a convolutional network (of
-            transformers, or a plain module), which runs once on a blank image; it may be on the meta device.
+        model: float, latent or packed, with a `model_type` in `TEXT_ENCODERS` or `IMAGE_ENCODERS`, or a convolutional
+            network (a plain module too), which runs once on a blank image; it may be on the meta device.
         tokens: of the sequence, without padding.
-        image_size: height and width of the image.
+        image_size: height and width of the image; default: those the model was made for (224 where its config does not
+            say it).
 
     Returns:
         Rows and totals, also in equivalent FLOPs (see the head of this file). `print(operations(model))` shows a
@@ -138,19 +161,37 @@ def operations(model: nn.Module, tokens: int = 128, image_size: int = 224) -> Op
     Raises:
         TypeError: not a model, or a wrapper of one.
         ValueError: an architecture or head of which it is not known what it multiplies; `tokens` or `image_size` is no
-            positive integer.
+            positive integer; an image smaller than a patch.
 
     Example:
         >>> print(rebnn_hf.operations(model, tokens=384))
     """
     require_model(model, "operations")
-    for name, value in (("tokens", tokens), ("image_size", image_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer.")
+    if not _is_size(tokens):
+        raise ValueError(f"tokens={tokens!r} must be a positive integer.")
+    if not (image_size is None or _is_size(image_size) or _is_pair_of_sizes(image_size)):
+        raise ValueError(f"image_size={image_size!r} must be a positive integer, or two of them, height and width.")
+    height, width = image_sides(model) if image_size is None else pair(image_size)
+    image = f"one image of {height} x {width}"
+    if model_type(model) in IMAGE_ENCODERS:
+        return _result(image, _vision_transformer_macs(model, height, width))
     if sum(isinstance(module, nn.Conv2d) for module in model.modules()) > 1:  # one embeds the patches of a transformer
-        return _result(f"one image of {image_size} x {image_size}", _image_macs(model, image_size))
+        return _result(image, _convolutional_macs(model, height, width))
     _check_architecture(model)
-    macs: dict[tuple[str, tuple[int, int]], int] = {}
+    return _result(f"one sequence of {tokens} tokens", _transformer_macs(model, tokens))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_pair_of_sizes(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_size, value))
+
+
+def _transformer_macs(model: PreTrainedModel, tokens: int) -> Macs:
+    """Of the linear layers and of attention."""
+    macs: Macs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             part = _part(model, name)
@@ -160,10 +201,25 @@ def operations(model: nn.Module, tokens: int = 128, image_size: int = 224) -> Op
     for _, block in blocks(model):
         key = ("products of attention", _attention_bits(model, block))
         macs[key] = macs.get(key, 0) + 2 * tokens**2 * model.config.hidden_size
-    return _result(f"one sequence of {tokens} tokens", macs)
+    return macs
 
 
-def _result(inputs: str, macs: dict[tuple[str, tuple[int, int]], int]) -> Operations:
+def _vision_transformer_macs(model: PreTrainedModel, height: int, width: int) -> Macs:
+    """Of a transformer whose tokens are the patches of an image, cut out by one convolution."""
+    if model.base_model is not model:
+        _head_runs_once(model)  # or it is not known what its convolutions see
+    embeddings = model.base_model.embeddings
+    convolution = embeddings.patch_embeddings.projection
+    across, along = convolution.kernel_size
+    patches = (height // across) * (width // along)
+    if not patches:
+        raise ValueError(f"an image of {height} x {width} is smaller than a patch, {across} x {along}.")
+    beside = embeddings.position_embeddings.shape[1] - embeddings.patch_embeddings.num_patches
+    key = ("stem and other convolutions", linear_bits(convolution))
+    return _transformer_macs(model, patches + beside) | {key: patches * convolution.weight.numel()}
+
+
+def _result(inputs: str, macs: Macs) -> Operations:
     rows = [
         Products(part, bits, count, 2 * count * _cost(bits))
         for (part, bits), count in sorted(macs.items(), key=lambda item: (PARTS.index(item[0][0]), item[0][1]))
@@ -178,11 +234,24 @@ def _result(inputs: str, macs: dict[tuple[str, tuple[int, int]], int]) -> Operat
     return Operations(inputs, rows, totals)
 
 
+class _ProductsOfFeatures(TorchDispatchMode):
+    """Notices where features are multiplied by features, as in attention; such products belong to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.seen |= name in ("bmm", "baddbmm") or name.startswith("_scaled_dot_product")
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def _image_macs(model: nn.Module, size: int) -> dict[tuple[str, tuple[int, int]], int]:
-    """Multiply-accumulates of a convolutional network, by what its layers make of a blank image."""
+def _convolutional_macs(model: nn.Module, height: int, width: int) -> Macs:
+    """Of a convolutional network, by what its layers make of a blank image."""
     inner = dict(inner_convolutions(model))
-    macs: dict[tuple[str, tuple[int, int]], int] = {}
+    macs: Macs = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     first = next(module for module in layers.values() if isinstance(module, nn.Conv2d))
 
@@ -197,15 +266,18 @@ def _image_macs(model: nn.Module, size: int) -> dict[tuple[str, tuple[int, int]]
 
     handles = [m.register_forward_hook(lambda layer, _, y, n=n: count(n, layer, y)) for n, m in layers.items()]
     modes = [(module, module.training) for module in model.modules()]
-    blank = first.weight.new_zeros(1, first.in_channels, size, size)  # the stem is float
+    blank = first.weight.new_zeros(1, first.in_channels, height, width)  # the stem is float
     try:
-        model.eval()
-        model(pixel_values=blank) if isinstance(model, PreTrainedModel) else model(blank)
+        with _ProductsOfFeatures() as products:
+            model.eval()
+            model(pixel_values=blank) if isinstance(model, PreTrainedModel) else model(blank)
     finally:
         for module, training in modes:
             module.training = training
         for handle in handles:
             handle.remove()
+    if products.seen:
+        raise _unknown_attention(model)
     return macs
 
 
@@ -226,7 +298,9 @@ def code_bits(binarizer: nn.Module) -> int:
 
 def _attention_bits(model: PreTrainedModel, block: nn.Module) -> tuple[int, int]:
     """Queries, keys, values and probabilities of 1-bit attention all have the same bits."""
-    binary = getattr(block.get_submodule(layout_of(model).attention), "binary_attention", None)
+    layout = layout_of(model)
+    attention = None if layout is None else block.get_submodule(layout.attention)
+    binary = getattr(attention, "binary_attention", None)
     bits = 8 * model.dtype.itemsize if binary is None else code_bits(binary.query)
     return bits, bits
 
@@ -259,11 +333,16 @@ def _head_runs_once(model: PreTrainedModel) -> bool:
     )
 
 
+def _unknown_attention(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"operations() must know what attention multiplies, and {model_type(model)!r} is not among "
+        f"{', '.join(TEXT_ENCODERS + IMAGE_ENCODERS)}, nor a convolutional network without attention; summary(model) "
+        "shows bits and bytes of every architecture."
+    )
+
+
 def _check_architecture(model: nn.Module) -> None:
-    if layout_of(model) is None:
-        raise ValueError(
-            f"operations() must know what attention multiplies, and {model_type(model)!r} is not among "
-            f"{', '.join(LAYOUTS)}; summary(model) shows bits and bytes of every architecture."
-        )
+    if model_type(model) not in TEXT_ENCODERS:
+        raise _unknown_attention(model)
     if getattr(model.config, "is_decoder", False):
         raise ValueError("operations() counts encoders, and this model is a decoder (config.is_decoder=True).")

@@ -29,9 +29,14 @@ BIBERT_ACTIVATIONS = {"activation": "sign", "attention": "bool"}  # B2, B3
 REACTNET_ACTIVATIONS = {"activation": "rsign", "attention": "bool", "ffn_activation": "rprelu"}  # D1, D2
 
 
+def _elastic(bits: int) -> dict[str, Any]:
+    """C1: inputs only, which every architecture has."""
+    return {"activation": "elastic", "activation_bits": bits}
+
+
 def _bit_activations(bits: int) -> dict[str, Any]:
     """C1, C2, C5."""
-    return {"activation": "elastic", "activation_bits": bits, "attention": "elastic", "ffn_activation": "relu"}
+    return {**_elastic(bits), "attention": "elastic", "ffn_activation": "relu"}
 
 
 EVERYTHING = {"word_embeddings": True, "pooler": True}
@@ -47,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rebnn-bit-w1a2": {**REBNN, **_bit_activations(2)},
     "rebnn-bit-w1a4": {**REBNN, **_bit_activations(4)},
     "rebnn-bit-w1a8": {**REBNN, **_bit_activations(8)},
+    "rebnn-elastic-w1a1": {**REBNN, **_elastic(1)},  # on every architecture
     # published methods, on the encoder's blocks
     "bwn-w1a32": BWN,
     "bibert": {**BIBERT_WEIGHTS, **BIBERT_ACTIVATIONS},

@@ -219,7 +219,8 @@ def check_architecture(model, config: ReBNNConfig) -> None:
     if wanted and layout_of(model) is None:
         raise ValueError(
             f"{' and '.join(wanted)} must know the modelling code, and {model_type(model)!r} is not among "
-            f"{', '.join(LAYOUTS)}; attention='softmax' with ffn_activation='model' works on every architecture."
+            f"{', '.join(LAYOUTS)}; attention='softmax' with ffn_activation='model' works on every architecture, as in "
+            "the preset 'rebnn-elastic-w1a1'."
         )
 
 

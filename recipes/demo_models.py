@@ -15,8 +15,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedModel, TextClassificationPipeline, pipeline
 
 from rebnn_hf import kernels
-from rebnn_hf.benchmark import PLACES, check_twins, load, longest, places, random_inputs
-from rebnn_hf.cli.info import backend_and_why
+from rebnn_hf.benchmark import PLACES, places
+from rebnn_hf.inputs import longest, random_inputs
+from rebnn_hf.loading import check_twins, load
 from rebnn_hf.timing import Contender, interleave, quartiles
 
 ROUNDS = 5
@@ -153,7 +154,8 @@ def who_computes(model: PreTrainedModel) -> str:
     """Whether the engine or the reference computes the 1-bit layers of a packed model, in a sentence."""
     counts = Counter(place for place in places(model, random_inputs(model, 1, 4)).values() if place != "float")
     layers = "; ".join(f"{count} layers {PLACES[place]}" for place, count in counts.items())
-    return f"The 1-bit layers are computed by {BACKENDS[kernels.backend()]} (backend {backend_and_why()}): {layers}."
+    engine = f"{BACKENDS[kernels.backend()]} (backend {kernels.backend_and_why()})"
+    return f"The 1-bit layers are computed by {engine}: {layers}."
 
 
 def how_measured() -> str:

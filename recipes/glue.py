@@ -106,7 +106,8 @@ def check_architecture(job: Job) -> None:
         for stage in job.arguments.distillations():
             rebnn_hf.selected_modules(model, job.arguments.binary.config(stage.preset))
     except ValueError as error:
-        raise SystemExit(f"{source} cannot be binarized as asked: {error}") from None
+        options = "Fields are options of the same name: --attention softmax"
+        raise SystemExit(f"{source} cannot be binarized as asked: {error} ({options})") from None
 
 
 # Stage 1: the teacher

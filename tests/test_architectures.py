@@ -160,6 +160,24 @@ ARCHITECTURES = {
         file_blocks="encoder.layer",
         file_block=[f"attention.attention.{name}" for name in ("query", "key", "value")] + BERT_BLOCK[-3:],
     ),
+    "deit": Architecture(
+        hf.DeiTForImageClassification,
+        hf.DeiTConfig(
+            hidden_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=WIDE,
+            image_size=8,
+            patch_size=4,
+        ),
+        "deit",
+        "layers",
+        [f"attention.{name}_proj" for name in "qkvo"] + ["mlp.fc1", "mlp.fc2"],
+        embedding=None,
+        head=["classifier"],
+        file_blocks="encoder.layer",
+        file_block=[f"attention.attention.{name}" for name in ("query", "key", "value")] + BERT_BLOCK[-3:],
+    ),
 }
 COUNTS = {
     "bert": 12,
@@ -170,6 +188,7 @@ COUNTS = {
     "deberta_v2": 16,
     "modernbert": 8,
     "vit": 12,
+    "deit": 12,
 }
 TEXT = [name for name, arch in ARCHITECTURES.items() if not arch.vision]
 
@@ -268,7 +287,7 @@ def test_default_converts_the_linear_layers_of_the_blocks_and_nothing_else(name)
 def test_a_switch_adds_exactly_its_modules(name, switch):
     arch = ARCHITECTURES[name]
     if switch == "word_embeddings" and arch.vision:
-        with pytest.raises(ValueError, match="word_embeddings=True, but the input embedding of ViT"):
+        with pytest.raises(ValueError, match=r"word_embeddings=True, but the input embedding of (ViT|DeiT)"):
             binarize(arch.build(), ReBNNConfig(word_embeddings=True))
         return
     expected = {

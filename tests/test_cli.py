@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import rebnn_hf
 from rebnn_hf import cli, kernels
+from rebnn_hf.benchmark import missing_for_onnx
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.kernels import cpu
 from rebnn_hf.layers import LATENT_TYPES, PACKED_TYPES
 
@@ -205,6 +207,163 @@ def test_presets_switches_and_types(folders, tmp_path, capsys):
         "bert.embeddings.word_embeddings",
         "bert.pooler.dense",
     }
+
+
+@pytest.fixture(scope="module")
+def image_folders(tmp_path_factory):
+    """Float image models: a transformer and a convolutional network."""
+    root = tmp_path_factory.mktemp("images")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=52)
+    vit = hf.ViTForImageClassification(hf.ViTConfig(image_size=12, patch_size=4, num_labels=3, **sizes))
+    vit.save_pretrained(root / "vit")
+    sizes = dict(embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], layer_type="basic", num_labels=3)
+    hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).save_pretrained(root / "resnet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed_images(image_folders):
+    """The same in few bits: weights and inputs of the ViT 1-bit; of the other, inputs are 4-bit."""
+    for name, bits in (("vit", 1), ("resnet", 4)):
+        model = hf.AutoModelForImageClassification.from_pretrained(image_folders / name).eval()
+        rebnn_hf.binarize(model, rebnn_hf.ReBNNConfig.preset("rebnn-elastic-w1a1", activation_bits=bits))
+        rebnn_hf.calibrate(model, random_inputs(model, 2, 12 if name == "vit" else 32))
+        rebnn_hf.pack(model).save_pretrained(image_folders / f"packed-{name}")
+    return image_folders
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    "name, options, sizes, layers, baselines",
+    [
+        ("vit", ["--batch", "1", "2"], ["1 x 12", "2 x 12"], 12, {"torch fp32", "torch bf16", "torch int8"}),
+        ("resnet", ["--batch", "2", "--side", "24", "40"], ["2 x 24", "2 x 40"], 4, {"torch fp32", "torch bf16"}),
+    ],
+)
+def test_bench_of_images(packed_images, name, options, sizes, layers, baselines, capsys):
+    packed = str(packed_images / f"packed-{name}")
+    real = str(packed_images / name)
+    assert cli.main(["bench", packed, "--float", real, *options, "--rounds", "1", "--threads", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    places = list(result["places"].values())
+    assert (
+        places.count("engine") == layers and places.count("float") == len(places) - layers and "reference" not in places
+    )
+    expected = {"packed"} | baselines | (set() if missing_for_onnx() else {"ORT fp32", "ORT int8"})
+    for size in sizes:
+        rows = [row for row in result["rows"] if row["batch x side"] == size]
+        assert {row["contender"] for row in rows} == expected and all(row["median ms"] > 0 for row in rows)
+    assert len(result["rows"]) == len(sizes) * len(expected)
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (
+            "packed-vit",
+            ["--length", "8"],
+            "ViTForImageClassification reads images, which have no --length; give their --side",
+        ),
+        (
+            None,
+            ["--side", "8"],
+            "BertForSequenceClassification does not read images, which have a --side; give a --length",
+        ),
+        ("packed-vit", ["--side", "16"], "Input image size (16*16) doesn't match model (12*12)"),
+        ("packed-resnet", ["--side", "0"], "1 images of 0 x 0 do not fit"),
+    ],
+)
+def test_bench_refuses_sizes_that_are_not_the_models(packed_images, model, options, message, capsys):
+    assert cli.main(["bench", GOLDEN if model is None else str(packed_images / model), *options]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and "|" not in printed.out
+
+
+def saved_method(folder):
+    return rebnn_hf.ReBNNConfig.from_dict(
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+    ).method()
+
+
+def test_set_overrides_any_field_of_a_preset(folders, tmp_path, capsys):
+    """What is saved is what the same call in Python gives, in the types of the fields."""
+    settings = ["activation_bits=4", "ffn_activation=model", "balance_rule=none", "word_embeddings=true", "pooler=True"]
+    settings += [
+        "balance_strength=1e-1",
+        "balance_lower=null",
+        "balance_upper=None",
+        'modules_to_not_convert=["layer.0"]',
+    ]
+    latent = tmp_path / "latent"
+    arguments = ["binarize", str(folders / "float"), str(latent), "--preset", "rebnn-bit-w1a1", "--set", *settings]
+    assert cli.main([*arguments, "--set", "weight_scale=mean_abs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["method"] == saved_method(latent)
+    expected = rebnn_hf.ReBNNConfig.preset(
+        "rebnn-bit-w1a1",
+        activation_bits=4,
+        ffn_activation="model",
+        balance_rule="none",
+        word_embeddings=True,
+        pooler=True,
+        balance_strength=0.1,
+        modules_to_not_convert=["layer.0"],
+        weight_scale="mean_abs",
+    )
+    assert saved_method(latent) == expected.method()
+    assert of_types(latent, LATENT_TYPES) == 6 + 2
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_the_advice_of_the_error_works(image_folders, name, tmp_path, capsys):
+    """No few-bit attention outside of the BERT family; both ways out that are named are taken."""
+    source = str(image_folders / name)
+    assert cli.main(["binarize", source, str(tmp_path / "no"), "--preset", "rebnn-bit-w1a1"]) == 2
+    said = capsys.readouterr().err
+    assert "attention='softmax' with ffn_activation='model' works on every architecture" in said
+    assert "preset 'rebnn-elastic-w1a1'" in said and said.endswith("Fields are set with --set FIELD=VALUE.\n")
+    assert not (tmp_path / "no").exists()
+    advice = ["--preset", "rebnn-bit-w1a1", "--set", "attention=softmax", "ffn_activation=model"]
+    for folder, options in (("by_hand", advice), ("preset", ["--preset", "rebnn-elastic-w1a1"])):
+        assert cli.main(["binarize", source, str(tmp_path / folder), *options]) == 0
+        method = saved_method(tmp_path / folder)
+        assert (method["activation"], method["activation_bits"], method["attention"]) == ("elastic", 1, "softmax")
+    assert saved_method(tmp_path / "by_hand") == saved_method(tmp_path / "preset")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--set", "activation_bits"],
+            "--set expects FIELD=VALUE, for example activation_bits=4; got 'activation_bits'",
+        ),
+        (["--set", "activaton=sign"], "there is no field 'activaton'; expected one of weight_scale, "),
+        (["--set", "activaton=sign"], "Did you mean activation?"),
+        (["--set", "state=packed"], "there is no field 'state'; expected one of weight_scale, "),
+        (["--set", "pooler=true", "pooler=false"], "--set gives pooler twice: True and 'false'"),
+        (["--pooler", "--set", "pooler=false"], "pooler is given twice: True by an option of its own, False by --set"),
+        (["--keep-float", "a", "--set", "modules_to_not_convert=null"], "modules_to_not_convert is given twice"),
+        (["--set", "activation=signs"], "activation='signs' is unknown; expected one of 'none', 'sign', "),
+        (["--set", "activation_bits=many"], "activation_bits='many' must be an integer or None"),
+        (["--set", "activation_bits=1.5"], "activation_bits=1.5 must be an integer or None"),
+        (["--set", "pooler=1"], "pooler=1 must be True or False"),
+        (["--set", "pooler=yes"], "pooler='yes' must be True or False"),
+        (["--set", "balance_strength=null"], "balance_strength=None must be a number"),
+        (
+            ["--set", "modules_to_not_convert=layer"],
+            "modules_to_not_convert must be a list of module names, got 'layer'",
+        ),
+        (
+            ["--set", "attention=elastic"],
+            "attention='elastic' has the bits of the activations, and activation='none' has 32",
+        ),
+    ],
+)
+def test_wrong_fields_are_refused_before_the_model_is_read(options, message, tmp_path, capsys):
+    assert cli.main(["binarize", "no/model", str(tmp_path / "new"), *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("state, format_version", [("float", None), ("latent", 2), ("packed", 2)])

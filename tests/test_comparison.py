@@ -10,7 +10,7 @@ from torch import nn
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 
 SIZES = dict(vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
 
@@ -94,12 +94,12 @@ def test_modes_stay_and_nothing_is_measured_without_inputs(models):
 
 
 def test_what_cannot_be_counted_is_said(models):
-    config = hf.MPNetConfig(**SIZES)
-    model = hf.MPNetForSequenceClassification(config)
-    other = rebnn_hf.pack(rebnn_hf.binarize(hf.MPNetForSequenceClassification(config)))
+    config = hf.DebertaV2Config(**SIZES)
+    model = hf.DebertaV2ForSequenceClassification(config)
+    other = rebnn_hf.pack(rebnn_hf.binarize(hf.DebertaV2ForSequenceClassification(config)))
     result = rebnn_hf.compare(model, other)
     assert result.rows[0].macs is None and result.rows[1].bytes < result.rows[0].bytes
-    assert result.counted.startswith("Operations were not counted: ") and "'mpnet' is not among" in str(result)
+    assert result.counted.startswith("Operations were not counted: ") and "'deberta-v2' is not among" in str(result)
     assert "FLOPs" not in str(result).splitlines()[0]
 
 

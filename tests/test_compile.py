@@ -15,7 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, fusion
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.kernels import cpu
 
 ROOT = Path(__file__).parents[1]

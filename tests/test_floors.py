@@ -14,6 +14,7 @@ FLOORS = {
     "checkpoints": 0,
     "distillation": 0,
     "functional": 0,
+    "inputs": 0,
     "notebook": 0,
     "packing": 0,
     "presets": 0,
@@ -22,6 +23,7 @@ FLOORS = {
     "activations": 1,
     "hub": 1,
     "kernels": 1,
+    "loading": 1,
     "binarizers": 2,
     "config": 2,
     "epochs": 2,
@@ -52,7 +54,7 @@ FLOORS = {
 }
 
 INSIDE = {
-    "cli": ["output", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
+    "cli": ["output", "fields", "files", "info", "bench", "binarize", "pack", "unpack", "verify"],
     "vision": ["blocks", "backbone", "checkpoints", "reactnet", "resnet", "detection"],
 }
 """Files of folders in which files import each other: only those before them."""

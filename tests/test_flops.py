@@ -18,20 +18,40 @@ from transformers import (
     CamembertForTokenClassification,
     DebertaV2Config,
     DebertaV2Model,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+    ModernBertModel,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    MPNetForSequenceClassification,
+    MPNetModel,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    SegformerConfig,
+    SegformerForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
 
-from rebnn_hf import ReBNNConfig, binarize, operations, pack
+from rebnn_hf import ReBNNConfig, binarize, calibrate, compare, operations, pack
+from rebnn_hf.inputs import pair
 from rebnn_hf.patching import prepare_for_loading, select_for_loading
 
 ALL = {"word_embeddings": True, "pooler": True}
@@ -42,13 +62,13 @@ HEAD = 768 * 2
 BASE = 11_174_215_680  # all of them without a head (oracle E2)
 
 
-def bert_base_on_meta(config, model_class=BertForSequenceClassification, state="latent"):
+def base_on_meta(method, model_class=BertForSequenceClassification, state="latent", config=None):
     with torch.device("meta"):
-        model = model_class(BertConfig())
-    select_for_loading(model, config)
-    config.state = state
-    prepare_for_loading(model, config)
-    model.config.quantization_config = config
+        model = model_class(config or BertConfig())
+    select_for_loading(model, method)
+    method.state = state
+    prepare_for_loading(model, method)
+    model.config.quantization_config = method
     return model
 
 
@@ -79,7 +99,7 @@ def test_float_bert_base():
 @pytest.mark.parametrize("state", ["latent", "packed"])
 @pytest.mark.parametrize("preset", ["rebnn-bit-w1a1", "rebnn-bibert-w1a1", "bibert", "bit", "reactnet"])
 def test_everything_1_bit_is_a_64th(preset, state):
-    result = operations(bert_base_on_meta(ReBNNConfig.preset(preset, **ALL), state=state))
+    result = operations(base_on_meta(ReBNNConfig.preset(preset, **ALL), state=state))
     assert parts(result) == {
         ("linear layers of the blocks", (1, 1)): BLOCKS,
         ("products of attention", (1, 1)): ATTENTION,
@@ -98,7 +118,7 @@ def test_everything_1_bit_is_a_64th(preset, state):
     [(1, 349_194_240, 0.349), (2, 717_262_848, 0.698), (4, 1_510_023_168, 1.397), (8, 3_322_036_224, None)],
 )
 def test_bits_of_activations(bits, equivalent, published):
-    result = operations(bert_base_on_meta(ReBNNConfig.preset(f"rebnn-bit-w1a{bits}", **ALL), BertModel))
+    result = operations(base_on_meta(ReBNNConfig.preset(f"rebnn-bit-w1a{bits}", **ALL), BertModel))
     assert parts(result) == {
         ("linear layers of the blocks", (1, bits)): BLOCKS,
         ("products of attention", (bits, bits)): ATTENTION,
@@ -111,14 +131,14 @@ def test_bits_of_activations(bits, equivalent, published):
 
 
 def test_a_float_factor_makes_it_float():
-    result = operations(bert_base_on_meta(ReBNNConfig.preset("rebnn-w1a32", **ALL)))
+    result = operations(base_on_meta(ReBNNConfig.preset("rebnn-w1a32", **ALL)))
     assert parts(result)["linear layers of the blocks", (1, 32)] == BLOCKS
     assert parts(result)["products of attention", (32, 32)] == ATTENTION
     assert result.totals["equivalent_flops"] == result.totals["float_flops"] == 2 * (BASE + HEAD)
 
 
 def test_few_bit_inputs_with_float_attention():
-    result = operations(bert_base_on_meta(ReBNNConfig(activation="token"), BertModel))
+    result = operations(base_on_meta(ReBNNConfig(activation="token"), BertModel))
     assert parts(result) == {
         ("linear layers of the blocks", (1, 8)): BLOCKS,
         ("products of attention", (32, 32)): ATTENTION,
@@ -184,6 +204,10 @@ SHAPE = {"vocab_size": 23, "hidden_size": 12, "num_hidden_layers": 2, "num_atten
 SHAPE |= {"intermediate_size": 20, "max_position_embeddings": 16, "pad_token_id": 0}
 DISTIL = {"vocab_size": 23, "dim": 12, "n_layers": 2, "n_heads": 3, "hidden_dim": 20, "max_position_embeddings": 16}
 ELECTRA = SHAPE | {"embedding_size": 8}
+MODERN = SHAPE | {"bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+MODERN |= {"num_hidden_layers": 4, "global_attn_every_n_layers": 2, "local_attention": 4}  # windows are masked only
+VISION = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+VISION |= {"num_labels": 5, "_attn_implementation": "eager"}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +227,13 @@ ELECTRA = SHAPE | {"embedding_size": 8}
         (ElectraForMaskedLM, ElectraConfig(**ELECTRA)),
         (DistilBertForSequenceClassification, DistilBertConfig(**DISTIL)),
         (DistilBertForQuestionAnswering, DistilBertConfig(**DISTIL)),
+        (MPNetModel, MPNetConfig(**SHAPE)),
+        (MPNetForSequenceClassification, MPNetConfig(**SHAPE)),
+        (MPNetForMaskedLM, MPNetConfig(**SHAPE)),
+        (ModernBertModel, ModernBertConfig(**MODERN)),
+        (ModernBertForSequenceClassification, ModernBertConfig(**MODERN)),
+        (ModernBertForTokenClassification, ModernBertConfig(**MODERN)),
+        (ModernBertForMaskedLM, ModernBertConfig(**MODERN)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -215,11 +246,67 @@ def test_counts_are_those_of_a_forward_pass(model_class, config):
     assert operations(model, tokens=7).totals["float_flops"] == counter.get_total_flops()
 
 
+VIT = ViTConfig(image_size=20, patch_size=4, **VISION)
+WIDE_VIT = ViTConfig(image_size=(8, 12), patch_size=(4, 3), num_channels=2, **VISION)
+DEIT = DeiTConfig(image_size=20, patch_size=4, **VISION)
+
+
+@pytest.mark.parametrize(
+    "model_class, config, size",
+    [
+        (ViTModel, VIT, (20, 20)),
+        (ViTForImageClassification, VIT, (20, 20)),
+        (ViTForImageClassification, VIT, (28, 28)),
+        (ViTForImageClassification, VIT, (31, 24)),
+        (ViTForImageClassification, WIDE_VIT, (8, 12)),
+        (DeiTModel, DEIT, (20, 20)),
+        (DeiTForImageClassification, DEIT, (20, 20)),
+        (DeiTForImageClassificationWithTeacher, DEIT, (20, 20)),
+        (DeiTForImageClassificationWithTeacher, DEIT, (24, 16)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_counts_of_an_image_are_those_of_a_forward_pass(model_class, config, size):
+    model, own = model_class(config).eval(), size == pair(config.image_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(pixel_values=torch.zeros(1, config.num_channels, *size), interpolate_pos_encoding=not own)
+    result = operations(model, image_size=size)
+    assert result.totals["float_flops"] == counter.get_total_flops()
+    assert result.inputs == "one image of {} x {}".format(*size)
+    assert (operations(model).inputs == result.inputs) == own, "the default is that of the config"
+
+
+def test_vit_base_in_bits():
+    """By hand; with a float head 17.6 GMACs, as papers have it."""
+    model = base_on_meta(ReBNNConfig.preset("rebnn-elastic-w1a1"), ViTForImageClassification, config=ViTConfig())
+    result = operations(model)
+    assert parts(result) == {
+        ("stem and other convolutions", (32, 32)): 14 * 14 * 768 * 3 * 16 * 16,
+        ("linear layers of the blocks", (1, 1)): 12 * 197 * (4 * 768 * 768 + 2 * 768 * 3072),
+        ("products of attention", (32, 32)): 2 * 12 * 197 * 197 * 768,
+        ("head", (32, 32)): 768 * 2,
+    }
+    assert round(result.totals["macs"] / 1e9, 1) == 17.6
+    assert result.totals["ratio"] == pytest.approx(16.1, abs=0.1)
+
+
+def test_compare_counts_images_of_the_size_that_is_given():
+    model = ViTForImageClassification(VIT).eval()
+    images = {"pixel_values": torch.randn(2, 3, 20, 20)}
+    packed = binarize(ViTForImageClassification(VIT), ReBNNConfig.preset("rebnn-elastic-w1a1"))
+    calibrate(packed, images)
+    result = compare(model, pack(packed.eval()), inputs=images, rounds=1)
+    assert result.counted == "one image of 20 x 20"
+    assert [row.macs for row in result.rows] == [operations(model).totals["macs"]] * 2
+    assert result.rows[1].equivalent_flops == operations(packed).totals["equivalent_flops"]
+    assert result.rows[1].equivalent_flops < result.rows[0].equivalent_flops
+
+
 # Table and errors
 
 
 def test_table_says_what_it_counts():
-    text = str(operations(bert_base_on_meta(ReBNNConfig.preset("rebnn-bit-w1a4", **ALL))))
+    text = str(operations(base_on_meta(ReBNNConfig.preset("rebnn-bit-w1a4", **ALL))))
     lines = text.splitlines()
     assert [" ".join(line.split()) for line in lines[:6]] == [
         "one sequence of 128 tokens bits MACs equivalent FLOPs",
@@ -271,8 +358,18 @@ def test_heads_that_are_not_known():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"'deberta-v2' is not among bert, .*distilbert"):
+    with pytest.raises(ValueError, match=r"'deberta-v2' is not among bert, .*mpnet, modernbert, vit, deit, nor a conv"):
         operations(DebertaV2Model(DebertaV2Config(**SHAPE)))
+    hybrid = SegformerForImageClassification(SegformerConfig(num_encoder_blocks=1, depths=[1], hidden_sizes=[8]))
+    with pytest.raises(ValueError, match="'segformer' is not among bert, "):  # its attention is in no layer
+        operations(hybrid, image_size=32)
+    with pytest.raises(ValueError, match="head of ViTForMaskedImageModeling"):
+        operations(ViTForMaskedImageModeling(VIT))
+    with pytest.raises(ValueError, match="an image of 3 x 20 is smaller than a patch, 4 x 4"):
+        operations(ViTModel(VIT), image_size=(3, 20))
+    for size in (0, -1, 1.5, True, "128", (8,), (8, 0), (8, 8, 8)):
+        with pytest.raises(ValueError, match="image_size"):
+            operations(ViTModel(VIT), image_size=size)
     with pytest.raises(ValueError, match="decoder"):
         operations(BertModel(BertConfig(**SHAPE, is_decoder=True)))
     with pytest.raises(TypeError, match=r"expects a transformers PreTrainedModel or a plain .*, got str"):

@@ -8,7 +8,7 @@ import transformers as hf
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, fusion
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.layers import PACKED_TYPES
 from rebnn_hf.packing import pack_signs, packed_width, unpack_signs
 from rebnn_hf.report import packed_size
@@ -161,6 +161,17 @@ def test_convolutions(tmp_path):
     packed(model, "rebnn-w1a32", images, activation="elastic", activation_bits=4)
     rebnn_hf.export_onnx(model, tmp_path / "model.onnx", images)
     assert_same_logits(tmp_path / "model.onnx", model, images, {"pixel_values": torch.randn(5, 3, 24, 24)})
+
+
+def test_images_need_no_example(tmp_path):
+    """Without one it is of the size that the config says."""
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, image_size=(8, 12))
+    model = hf.ViTForImageClassification(hf.ViTConfig(patch_size=(4, 4), **sizes)).eval()
+    torch.nn.init.normal_(model.classifier.weight)  # transformers starts it at 0
+    images = {"pixel_values": torch.randn(3, 3, 8, 12)}
+    packed(model, "rebnn-elastic-w1a1", images)
+    rebnn_hf.export_onnx(model, tmp_path / "model.onnx")
+    assert_same_logits(tmp_path / "model.onnx", model, images)
 
 
 def test_unpacked_models_need_nothing_of_it(tmp_path):

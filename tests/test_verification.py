@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from rebnn_hf.benchmark import random_inputs
+from rebnn_hf.inputs import random_inputs
 from rebnn_hf.verification import agreement
 
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)

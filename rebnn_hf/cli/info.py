@@ -11,7 +11,6 @@ float. Only its config is read. Without one: versions, the backend in force and 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,9 @@ import transformers
 from transformers import AutoModel, PreTrainedModel
 
 from .. import kernels
-from ..benchmark import class_of, saved_model_config
 from ..config import ReBNNConfig
 from ..kernels import cpu
+from ..loading import class_of, saved_model_config
 from ..patching import prepare_for_loading, saved_config
 from ..report import summary
 from ..timing import cores
@@ -55,7 +54,7 @@ def _machine() -> tuple[dict, str]:
             "python": platform.python_version(),
         },
         "backend": kernels.backend(),
-        "backend_and_why": backend_and_why(),
+        "backend_and_why": kernels.backend_and_why(),
         "instruction_sets": {name: _state(name, runs, used) for name, runs in sets.items()},
         "threads": torch.get_num_threads(),
         "cores": cores(),
@@ -68,15 +67,6 @@ def _machine() -> tuple[dict, str]:
         lines.append(f"instruction sets: {', '.join(found)}")
     lines.append(f"threads: {result['threads']}, on {result['cores']} core(s)")
     return result, "\n".join(lines)
-
-
-def backend_and_why() -> str:
-    """The backend in force, in words."""
-    name = kernels.backend()
-    if name == "cpu":
-        return f"cpu, with {cpu.isa_name()}"
-    asked = os.environ.get(kernels.ENVIRONMENT) == name
-    return f"{name}, because {f'{kernels.ENVIRONMENT}={name}' if asked else cpu.why_not()}"
 
 
 def _state(name: str, runs: bool, used: str | None) -> str:

@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from .. import patching
-from ..benchmark import load
+from ..loading import load
 from ..report import summary
 from .files import add_output, check_output, write
 from .output import show

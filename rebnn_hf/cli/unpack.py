@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from .. import patching
-from ..benchmark import load
+from ..loading import load
 from ..report import summary
 from .files import add_output, check_output, write
 from .output import show

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..benchmark import check_twins, load, longest
+from ..inputs import longest
+from ..loading import check_twins, load
 from ..patching import saved_config
 from ..verification import Agreement, agreement
 from .files import processor_of

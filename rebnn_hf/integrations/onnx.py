@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..benchmark import longest, quiet, random_inputs
+from ..benchmark import quiet
 from ..binarizers import channel_codes_of, codes_of
 from ..flops import code_bits
 from ..fusion import fuse
+from ..inputs import example_inputs
 from ..layers import PACKED_TYPES, PackedConv2d, PackedEmbedding, PackedLinear
 from ..patching import saved_config
 
@@ -86,8 +87,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
         model: packed; it stays as it is.
         path: the file; it appears when it is complete.
         inputs: an example of what is passed as `model(**inputs)`, at least 2 x 2, and of which the names become those
-            of the file's inputs, e.g. `tokenizer(["one", "and two"], padding=True, return_tensors="pt")`. Default for
-            text: `input_ids` and `attention_mask`.
+            of the file's inputs, e.g. `tokenizer(["one", "and two"], padding=True, return_tensors="pt")`. Default:
+            `input_ids` and `attention_mask`, or `pixel_values`.
 
     Raises:
         FileNotFoundError: there is no folder for the file.
@@ -103,7 +104,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it before the export.")
-    inputs = dict(inputs or random_inputs(model, 2, min(16, longest(model))))
+    inputs = dict(inputs or example_inputs(model))
     _check_inputs(inputs)
     model = _with_symbols(model)
     with torch.no_grad(), quiet():

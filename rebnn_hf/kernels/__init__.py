@@ -115,6 +115,17 @@ def backend() -> str:
     return name
 
 
+def backend_and_why() -> str:
+    """The backend in force, in words: with which instruction set, or why not `cpu`."""
+    name = backend()
+    if name == "cpu":
+        return f"cpu, with {cpu.isa_name()}"
+    if _chosen is not None:
+        return f"{name}, which set_backend() chose"
+    asked = os.environ.get(ENVIRONMENT) == name
+    return f"{name}, because {f'{ENVIRONMENT}={name}' if asked else cpu.why_not()}"
+
+
 def set_backend(name: str | None) -> None:
     """Choose the backend for this process; None: what `REBNN_BACKEND` says, or `auto`.
 
