@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from .architecture import encoder_of
 from .fusion import fuse
+from .hub import unguard
 from .layers import PACKED_TYPES
 from .timing import Contender, Row, compare, interleave, threads
 
@@ -92,8 +93,10 @@ def longest(model: PreTrainedModel) -> int:
 
 def float_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A float model of the same shape with random weights, which do not change how long it takes."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    return type(model)(type(model.config).from_dict(config)).eval()
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config = type(model.config).from_dict(fields)
+    unguard(config)
+    return type(model)(config).eval()
 
 
 def check_twins(model: PreTrainedModel, other: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from .binarizers import Elastic
 from .config import ReBNNConfig
 from .functional import WeightRule
 from .fusion import fuse
+from .hub import guard, unguard
 from .insertion import add_activations, replace_module
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding, float_type
 from .shards import is_sharded
@@ -77,7 +78,7 @@ def binarize(model: PreTrainedModel, config: ReBNNConfig | None = None) -> PreTr
             replace_module(model, name, _latent(module, config))
         add_activations(model, config, list(targets))
         untie_binary_embeddings(model)
-    model.config.quantization_config = config
+    remember_quantization(model, config)
     model.add_model_tags(list(HUB_TAGS))
     return model
 
@@ -201,7 +202,7 @@ def rebinarize(
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and name in old:
             module.load_state_dict(old[name].state_dict())
-    model.config.quantization_config = config
+    remember_quantization(model, config)
     return model
 
 
@@ -244,9 +245,16 @@ def saved_config(model: nn.Module) -> ReBNNConfig | None:
     return config if one_bit and isinstance(config, ReBNNConfig) else None
 
 
+def remember_quantization(model: PreTrainedModel, config: ReBNNConfig) -> None:
+    """Put into the config of a model what makes it loadable, and unloadable without this package."""
+    model.config.quantization_config = config
+    guard(model.config)
+
+
 def forget_quantization(model: PreTrainedModel) -> None:
     """Remove what marks a model as quantized for transformers."""
     del model.config.quantization_config
+    unguard(model.config)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in model.__dict__:
             delattr(model, name)
