@@ -36,7 +36,7 @@ REFUSALS = {
     "json/decoder.py": (ValueError,),
 }
 """Places that are meant to refuse a file, by a part of their path, and with what: transformers has a RuntimeError for
-shapes that do not fit, and where `quantization_config` is damaged beyond recognition, it stops at our `fusion_config`."""
+shapes that do not fit, and where `quantization_config` is beyond recognition, it stops at our `fusion_config`."""
 
 
 class BadEnd(AssertionError):  # noqa: N818
