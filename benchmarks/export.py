@@ -6,8 +6,8 @@ All models have the shape asked for and random weights, which do not change how 
 are made of. `torch fp32` and `ORT fp32` are W1A32 after `rebnn_hf.unpack`, the same function in float, and `ORT int8`
 is that file dynamically quantized. W1A1 has no float twin: those are what it is raced against, not what it computes.
 
-The first table says how large each file is, how long it took to load (once), and how near its logits of random texts
-come to those of the model it was made from. The others are times.
+The first table says how large each file is (word embeddings stay float, but for `ORT int8`), how long it took to load
+(once), and how near its logits of random texts come to those of the model it was made from. The others are times.
 
     python benchmarks/export.py                              # the shape of MiniLM-L6
     python benchmarks/export.py --layers 12 --hidden 768 --intermediate 3072

@@ -350,7 +350,8 @@ def press(url: str, name: str, *texts: str) -> dict:
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="no gradio")
 def test_the_page_as_a_program_sees_it(served, run_folder):
     """What is served, and what its button answers; the test below sees it in a browser, where there is one."""
-    assert "<title>Float and 1-bit, side by side</title>" in get(served.url)
+    assert json.loads(get(f"{served.url}config"))["title"] == "Float and 1-bit, side by side"
+    assert get(served.url).startswith("<!doctype html>")
     completed = press(served.url, "Compare", SENTENCE)
     assert completed["success"]
     *cards, verdict = completed["output"]["data"]
