@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .architecture import encoder_of
 from .fusion import fuse
+from .hub import unguard
 from .inputs import example_inputs, reads_images
 from .insertion import replace_module
 from .layers import LATENT_TYPES, PACKED_TYPES
@@ -36,8 +37,10 @@ CALIBRATION_BATCHES = 2
 
 def float_twin(model: PreTrainedModel) -> PreTrainedModel:
     """A float model of the same shape with random weights, which do not change how long it takes."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    twin = type(model)(type(model.config).from_dict(config)).eval()
+    fields = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    config = type(model.config).from_dict(fields)
+    unguard(config)
+    twin = type(model)(config).eval()
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, LATENT_TYPES):  # of a class that is built of them (rebnn_hf.vision)
             replace_module(twin, name, layer.to_float())

@@ -20,12 +20,7 @@ ABOUT = {
     "latent": "In training with rebnn_hf: the layers listed below compute with the signs of their weights, which are "
     "still stored as floats. `rebnn_hf.pack(model)` makes them one bit each.",
 }
-WITHOUT_IMPORT = {
-    "packed": "It needs `pip install rebnn_hf`. Without the import transformers stops, complaining about the shapes of "
-    "the weights.",
-    "latent": "It needs `pip install rebnn_hf`. Without the import transformers takes the latent weights for float "
-    "ones, and only warns.",
-}
+NEEDS = "It needs `pip install rebnn_hf`. Without the import transformers stops with an error that says so."
 
 
 def model_card(
@@ -110,7 +105,7 @@ def complete_card(file: str | Path, model: PreTrainedModel, repo_id: str) -> Non
 def use_section(model: PreTrainedModel, repo_id: str, usage: str | None = None) -> str:
     """How to load the model."""
     code = f"import rebnn_hf  # lets transformers read 1-bit checkpoints\n{usage or _usage(model, repo_id)}"
-    return f"## Use\n\n```python\n{code}\n```\n\n{WITHOUT_IMPORT[saved_config(model).state]}"
+    return f"## Use\n\n```python\n{code}\n```\n\n{NEEDS}"
 
 
 def bits_section(model: PreTrainedModel) -> str:

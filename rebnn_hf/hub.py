@@ -1,4 +1,4 @@
-"""What a saved folder needs to be loaded by people who do not know this package: for `docs/hub.md`."""
+"""What a saved folder does to programs without this package: it refuses, or lets them in; see `docs/hub.md`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from .auto_classes import auto_classes
+from .functional import shown
 
 MODULE = "modeling_rebnn"
 """The Python file in the folder, without its suffix."""
 
 NOTICE = (
     "none, for this is a 1-bit checkpoint of the package rebnn_hf: `pip install rebnn_hf`, and `import rebnn_hf` "
-    "before loading it, or load it with trust_remote_code=True"
+    "before loading it"
 )
-"""What transformers repeats in its error if it reads the folder without this package."""
+"""What transformers without this package repeats in the error it stops with; see `guard`."""
+
+NOTICE_OF_CODE = f"{NOTICE}, or load it with trust_remote_code=True"
+"""The same for a folder that brings code along."""
 
 STUB = '''"""For `from_pretrained(..., trust_remote_code=True)`: the import lets transformers read 1-bit checkpoints."""
 
@@ -31,10 +35,9 @@ def allow_loading_without_import(folder: str | Path) -> None:
 
     Adds a few lines of Python, `modeling_rebnn.py`, which import the package, and names them in `config.json`
     (`auto_map`). Whoever passes `trust_remote_code=True` to `from_pretrained` or `pipeline` then gets the model, or,
-    where the package is not installed, an ImportError that names it. Whoever neither imports it nor passes that gets a
-    ValueError that names it: `transformers_weights` in `config.json`, meant for the name of a file, holds that
-    sentence, and is ignored where the package is imported. Call it after `save_pretrained`, for saving a loaded model
-    leaves all of this out; calling it twice does no harm.
+    where the package is not installed, an ImportError that names it. Whoever neither imports it nor passes that gets
+    the ValueError of all folders of this package (`guard`), which then names this way too. Call it after
+    `save_pretrained`, for saving a loaded model leaves all of this out; calling it twice does no harm.
 
     Args:
         folder: written by `save_pretrained`.
@@ -52,19 +55,47 @@ def allow_loading_without_import(folder: str | Path) -> None:
     saved = _saved_config(folder)
     names = _loaders(folder, saved)
     classes = sorted(set(names.values()))
-    saved |= {"auto_map": {auto: f"{MODULE}.{name}" for auto, name in names.items()}, "transformers_weights": NOTICE}
+    saved["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in names.items()}
+    saved["fusion_config"] = {**_without_notices(saved.get("fusion_config")), NOTICE_OF_CODE: True}
     code = "".join(f"\n\nclass {name}(transformers.{name}):\n    pass\n" for name in classes)
     (folder / f"{MODULE}.py").write_text(STUB + code, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
 
+def guard(config: PreTrainedConfig) -> None:
+    """Let transformers refuse, in words that name this package, what is saved with a config and loaded without it.
+
+    transformers only warns of a quantization that it does not know, and goes on. But it stops with a ValueError at a
+    key of `fusion_config` (fusions of modules to make while loading) that it does not know, and repeats the key: here a
+    sentence. Where this package is imported, its quantizer takes the sentence out in time (`forget_folder`).
+
+    Raises:
+        ValueError: `fusion_config` is there, but is none.
+    """
+    config.fusion_config = {**_without_notices(getattr(config, "fusion_config", None)), NOTICE: True}
+
+
+def unguard(config: PreTrainedConfig) -> None:
+    """Take out what `guard` put in, in whatever version of this package."""
+    fusions = _without_notices(getattr(config, "fusion_config", None))
+    if fusions:
+        config.fusion_config = fusions
+    elif hasattr(config, "fusion_config"):
+        del config.fusion_config
+
+
 def forget_folder(config: PreTrainedConfig) -> None:
-    """Take out of a config that is being loaded what `allow_loading_without_import` put into its folder."""
-    weights = getattr(config, "transformers_weights", None) or ""
-    if "rebnn_hf" in weights and not weights.endswith((".safetensors", ".json")):  # a notice, of whatever version
-        del config.transformers_weights
+    """Take out of a config that is being loaded what was meant for programs that do not know this package."""
+    unguard(config)
     if _is_ours(getattr(config, "auto_map", None)):
         del config.auto_map
+
+
+def _without_notices(fusions: dict | None) -> dict:
+    """The fusions that are some."""
+    if not isinstance(fusions, dict | None):
+        raise ValueError(f"fusion_config must be a dict of fusions, got {shown(fusions)}; take it out of the config.")
+    return {name: options for name, options in (fusions or {}).items() if "rebnn_hf" not in name}
 
 
 def _saved_config(folder: Path) -> dict:

@@ -16,6 +16,7 @@ from .binarizers import Elastic
 from .config import ReBNNConfig, config_of, give_config
 from .functional import WeightRule
 from .fusion import fuse
+from .hub import guard, unguard
 from .insertion import add_activations, replace_module
 from .layers import LATENT_OF, LATENT_TYPES, PACKED_OF, PACKED_TYPES, BinaryEmbedding, float_type
 from .shards import is_sharded
@@ -83,7 +84,7 @@ def binarize(model: Model, config: ReBNNConfig | None = None) -> Model:
             replace_module(model, name, _latent(module, config))
         add_activations(model, config, list(targets))
         untie_binary_embeddings(model)
-    give_config(model, config)
+    remember_quantization(model, config)
     _tag(model)
     return model
 
@@ -213,7 +214,7 @@ def rebinarize(
     for name, module in model.named_modules():
         if isinstance(module, Elastic) and name in old:
             module.load_state_dict(old[name].state_dict())
-    give_config(model, config)
+    remember_quantization(model, config)
     return model
 
 
@@ -254,12 +255,20 @@ def saved_config(model: nn.Module) -> ReBNNConfig | None:
     return config_of(model) if _has_layers(model) else None
 
 
+def remember_quantization(model: nn.Module, config: ReBNNConfig) -> None:
+    """Put a config where it is saved with a model; a folder of transformers is then refused without this package."""
+    give_config(model, config)
+    if isinstance(model, PreTrainedModel):
+        guard(model.config)
+
+
 def forget_quantization(model: nn.Module) -> None:
     """Remove what marks a model as quantized for transformers and for this package."""
     if not isinstance(model, PreTrainedModel):
         del model.quantization_config
         return
     del model.config.quantization_config
+    unguard(model.config)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         if name in model.__dict__:
             delattr(model, name)

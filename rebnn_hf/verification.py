@@ -37,7 +37,7 @@ class Agreement:
     def __str__(self) -> str:
         answers = "no classes to compare" if self.equal_answers is None else f"{self.equal_answers:.2%} equal answers"
         size = f"largest difference {self.largest_difference:.3g} in outputs up to {self.largest_output:.3g}"
-        return f"{self.batches} text(s): {answers}; {size}."
+        return f"{self.batches} input(s): {answers}; {size}."
 
 
 @torch.inference_mode()
@@ -47,16 +47,15 @@ def agreement(model: PreTrainedModel, reference: PreTrainedModel, batches: Itera
     Args:
         model: in eval mode.
         reference: of the same class, in eval mode.
-        batches: inputs as for `model(**batch)`, without padding, of which a fused encoder makes zeros; best one text
-            each, whose answer is then right or wrong as a whole.
+        batches: inputs as for `model(**batch)`; best one text (one question with its choices, one image) each, whose
+            answer is then right or wrong as a whole. Where answers are for each token, without padding, of which a
+            fused encoder makes zeros.
 
     Raises:
-        ValueError: no batch, models of two classes, or one of multiple choice, which reads several texts at once.
+        ValueError: no batch, or models of two classes.
     """
     if type(model) is not type(reference):
         raise ValueError(f"a {type(model).__name__} and a {type(reference).__name__} give different kinds of answers.")
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        raise ValueError(f"{type(model).__name__} reads several texts for one answer; compare its logits by hand.")
     equal, differences, sizes = [], [], []
     for batch in batches:
         mine, theirs = _outputs(model(**batch)), _outputs(reference(**batch))

@@ -88,6 +88,7 @@ def publish(folder: Path) -> dict:
 
     latent = rebnn_hf.binarize(build(4))
     latent.push_to_hub("user/latent", private=True)
+    latent.save_pretrained("plain-latent")
     latent.save_pretrained("latent")
     rebnn_hf.allow_loading_without_import("latent")
     logits["user/latent"] = answers(latent)
@@ -200,7 +201,13 @@ def stumble(folder: Path) -> dict:
     logging.getLogger("transformers").addHandler(warnings)
     trusting = {"trust_remote_code": True}
     told = {
-        "plain": refusal(load, "user/sharded"),
+        "packed": refusal(load, "user/sharded"),
+        "packed, by its class": refusal(transformers.BertForSequenceClassification.from_pretrained, "user/sharded"),
+        "packed, whatever its shapes": refusal(load, "user/sharded", ignore_mismatched_sizes=True),
+        "packed, in a pipeline": refusal(pipeline, "text-classification", model="user/sharded"),
+        "latent": refusal(load, folder / "plain-latent"),
+        "its tokens": AutoTokenizer.from_pretrained("user/model")(SENTENCE)["input_ids"],
+        "overruled": refusal(load, "user/sharded", fusion_config={}),
         "self-loading": refusal(load, "user/self-loading"),
         "self-loading, latent": refusal(load, folder / "latent"),
         "imported": "rebnn_hf" in sys.modules,

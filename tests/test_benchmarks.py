@@ -223,6 +223,34 @@ def test_embedder_contenders_give_the_same_embeddings(small_embedder, tmp_path):
         assert not torch.equal(found, expected), "another transformer answered"
 
 
+TINY_EXPORT = "--layers 1 --hidden 32 --heads 2 --intermediate 52 --vocabulary 60 --texts 40 --rounds 2 --size 1x8 2x5"
+ONNX_PACKAGES = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.skipif(bool(ONNX_PACKAGES), reason=f"not installed: {', '.join(ONNX_PACKAGES)}")
+@needs_engine
+def test_export(capsys):
+    export = load("export")
+    tables = export.main(TINY_EXPORT.split())
+    files = {row["contender"]: row for row in tables["files"]}
+    assert [*files] == [*export.MADE_FROM]
+    for name in ("W1A1 ONNX", "W1A32 engine", "W1A32 ONNX", "ORT fp32"):
+        assert files[name]["largest difference"] < 1e-5 < files[name]["largest logit"] / 10, name
+        assert files[name]["equal answers"] == "100.0%"
+    assert files["W1A32 ONNX"]["largest difference"] > 0, "the file was run, and not the engine"
+    assert 1e-5 < files["ORT int8"]["largest difference"] < files["ORT int8"]["largest logit"]
+    assert files["W1A32 engine"]["file MB"] < files["torch fp32"]["file MB"]
+    assert files["W1A32 engine"]["largest logit"] != files["W1A1 engine"]["largest logit"]
+    for size in ("1 x 8", "2 x 5"):
+        rows = {row["contender"]: row for row in tables["speed"] if row["batch x tokens"] == size}
+        assert [*rows] == [*export.MADE_FROM]
+        for base in export.BASELINES:
+            ratios = [row[f"x {base}"] for row in rows.values()]
+            assert ratios == pytest.approx([rows[base]["median ms"] / row["median ms"] for row in rows.values()])
+    printed = capsys.readouterr().out
+    assert f"engine {cpu.isa_name()}, 1 thread(s), 2 interleaved rounds, wall time; 1 layers of 32 x 52" in printed
+
+
 @pytest.mark.parametrize("name, wrong", [("linear", ["--rounds", "x"]), ("encoder", ["--model", "huge"])])
 def test_engine_benchmarks_refuse(name, wrong):
     with pytest.raises(SystemExit):

@@ -81,8 +81,9 @@ def test_own_words(packed):
 def test_a_latent_model_is_called_one(packed):
     latent, bits = model_card(binarize(build())).text, model_card(packed).text
     assert "`rebnn_hf.pack(model)` makes them one bit each" in latent and "latent: 32 while training" in latent
-    assert "takes the latent weights for float ones" in latent and "the Hub counts" not in latent
-    assert "stored as one bit each" in bits and "complaining about the shapes" in bits
+    assert "stored as one bit each" in bits and "the Hub counts" in bits and "the Hub counts" not in latent
+    needs = "It needs `pip install rebnn_hf`. Without the import transformers stops with an error that says so."
+    assert needs in latent and needs in bits
 
 
 # Front matter

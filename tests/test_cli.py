@@ -436,7 +436,9 @@ def test_verify_finds_a_changed_bit_and_another_model(folders, tmp_path, capsys)
         (["pack", "{latent}", "{texts}", "--overwrite"], "texts holds no config.json, so it is no model"),
         (["pack", "{latent}", "{latent}", "--overwrite"], "latent is where the model comes from"),
         (["info", "{texts}"], "texts' is no model"),
-        (["verify", "{packed}", "{latent}"], "there is nothing to read; give texts with --text"),
+        (["verify", "{packed}", "{latent}"], "there is nothing to read, or two kinds of it; give texts with --text"),
+        (["verify", "{packed}", "{latent}", "--text", "a", "--image", "b.png"], "nothing to read, or two kinds of it"),
+        (["verify", "{packed}", "{latent}", "--image", "b.png"], "BertForSequenceClassification reads texts, and no"),
         (["verify", "{packed}", "{latent}", "--texts", "{new}"], "No such file"),
         (
             ["verify", "{packed}", "{latent}", "--text", "a", "--tokenizer", "{texts}"],
@@ -491,6 +493,76 @@ def test_an_interrupted_write_leaves_nothing(folders, tmp_path, monkeypatch, cap
     assert cli.main(["pack", str(folders / "latent"), str(tmp_path / "out"), "--overwrite"]) == 2
     assert "no space left on device" in capsys.readouterr().err
     assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def choices(folders, tmp_path_factory):
+    """Folders of a model of multiple choice, and questions with two and three choices."""
+    root = tmp_path_factory.mktemp("choices")
+    config = hf.AutoConfig.from_pretrained(folders / "float")
+    torch.manual_seed(1)
+    hf.BertForMultipleChoice(config).save_pretrained(root / "float")
+    hf.AutoTokenizer.from_pretrained(folders / "float").save_pretrained(root / "float")
+    assert cli.main(["binarize", str(root / "float"), str(root / "latent")]) == 0
+    assert cli.main(["pack", str(root / "latent"), str(root / "packed")]) == 0
+    (root / "texts.txt").write_text("the film is\tgood\tbad and bad\nis the film bad\ta\tthe bad film\tgood and bad\n")
+    return root
+
+
+def test_verify_of_multiple_choice(choices, capsys):
+    arguments = ["verify", str(choices / "packed"), str(choices / "latent"), "--texts", str(choices / "texts.txt")]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batches"] == 2 and found["equal_answers"] == 1 and found["largest_difference"] < 1e-4
+    assert cli.main(["verify", str(choices / "packed"), str(choices / "latent"), "--text", "the film\tis"]) == 2
+    assert "'the film\\tis' has 1 choices; for multiple choice a text is a question" in capsys.readouterr().err
+
+
+def test_verify_compares_the_choices_of_transformers(choices, tmp_path, capsys):
+    """The largest logit that is reported, by transformers' classes from the strings."""
+    model = hf.AutoModelForMultipleChoice.from_pretrained(choices / "latent")
+    tokenizer = hf.AutoTokenizer.from_pretrained(choices / "latent")
+    tokens = tokenizer(["the film"] * 2, ["good", "bad"], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**{name: tensor[None] for name, tensor in tokens.items()}).logits.abs().max().item()
+    arguments = [str(choices / "packed"), str(choices / "latent"), "--text", "the film\tgood\tbad", "--json"]
+    assert cli.main(["verify", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["largest_output"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_verify_of_images(folders, tmp_path, capsys):
+    from PIL import Image
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    torch.manual_seed(2)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, image_size=8)
+    vit = hf.ViTForImageClassification(hf.ViTConfig(patch_size=4, initializer_range=0.5, **sizes))
+    vit.classifier.weight.data.normal_()  # transformers starts it at 0
+    vit.save_pretrained(tmp_path / "float")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "float")
+    places = {name: str(tmp_path / name) for name in ("float", "latent", "packed")}
+    assert cli.main(["binarize", places["float"], places["latent"]]) == 0
+    assert cli.main(["pack", places["latent"], places["packed"]]) == 0
+    images = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for file in images:
+        Image.fromarray(torch.randint(256, (9, 11, 3), dtype=torch.uint8).numpy()).save(file)
+    capsys.readouterr()
+    arguments = ["verify", places["packed"], places["latent"]]
+    assert cli.main([*arguments, "--image", *images, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batches"] == 3 and found["equal_answers"] == 1 and found["largest_difference"] < 1e-4
+    processor = hf.AutoImageProcessor.from_pretrained(places["latent"])
+    model = hf.AutoModelForImageClassification.from_pretrained(places["latent"])
+    with torch.no_grad():
+        logits = [model(**processor(images=Image.open(file), return_tensors="pt")).logits for file in images]
+    assert found["largest_output"] == pytest.approx(torch.cat(logits).abs().max().item(), rel=1e-4)
+    assert cli.main([*arguments, "--text", "a"]) == 2
+    assert "ViTForImageClassification looks at images; give some with --image" in capsys.readouterr().err
+    assert cli.main([*arguments, "--image", str(tmp_path / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err
+    Path(places["packed"], "preprocessor_config.json").unlink()
+    assert cli.main([*arguments, "--image", *images]) == 2
+    assert "packed has no image processor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["binarize", "pack", "unpack", "verify", "info", "bench"])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -320,6 +321,59 @@ def served(run_folder, tmp_path_factory) -> Iterator[SimpleNamespace]:
     process.wait(timeout=30)
 
 
+def assert_nothing_of_the_net(served):
+    network = served.network.read_text().splitlines()
+    assert any(line == "socket.bind 127.0.0.1" for line in network)
+    assert {line.split()[1] for line in network} <= {"127.0.0.1", "localhost", "::1"}, network
+
+
+def get(url: str, body: dict | None = None) -> str:
+    """What the server answers; `body` is posted."""
+    data = None if body is None else json.dumps(body).encode()
+    with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=90) as response:
+        return response.read().decode()
+
+
+def press(url: str, name: str, *texts: str) -> dict:
+    """What a browser does when its button is pressed: it joins Gradio's queue, and reads events up to the last one."""
+    config = json.loads(get(f"{url}config"))
+    (button,) = [part["id"] for part in config["components"] if part["props"].get("value") == name]
+    (wired,) = [call["id"] for call in config["dependencies"] if [button, "click"] in call["targets"]]
+    session = {"fn_index": wired, "trigger_id": button, "session_hash": f"{name}-{len(texts[0])}"}
+    get(f"{url}gradio_api/queue/join", {"data": list(texts), **session})
+    lines = get(f"{url}gradio_api/queue/data?session_hash={session['session_hash']}").splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    (last,) = [event for event in events if event["msg"] == "process_completed"]
+    return last
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="no gradio")
+def test_the_page_as_a_program_sees_it(served, run_folder):
+    """What is served, and what its button answers; the test below sees it in a browser, where there is one."""
+    assert json.loads(get(f"{served.url}config"))["title"] == "Float and 1-bit, side by side"
+    assert get(served.url).startswith("<!doctype html>")
+    completed = press(served.url, "Compare", SENTENCE)
+    assert completed["success"]
+    *cards, verdict = completed["output"]["data"]
+    titles = {"Float teacher": run_folder / "teacher", "1-bit model": run_folder / "packed"}
+    for html, (title, folder) in zip(cards, titles.items(), strict=True):
+        assert f"<h2>{title}</h2>" in html
+        expected = softmax_of(folder, SENTENCE)
+        assert re.search(r'role="status">(\w+)</p>', html)[1] == max(expected, key=expected.get)
+        rows = re.findall(r'<th scope="row">(\w+)</th>.*?<td>([\d.]+%)</td>', html)
+        assert dict(rows) == {label: f"{share:.1%}" for label, share in expected.items()}
+        size = (folder / "model.safetensors").stat().st_size / 1e6
+        assert float(re.search(r"([\d.]+) MB", html)[1]) == pytest.approx(size, rel=0.005)
+        assert float(re.search(r"([\d.]+) ms", html)[1]) > 0
+    assert cards[0].partition("<table>")[2] != cards[1].partition("<table>")[2]
+    assert re.search(r"The 1-bit model (is|takes) ", verdict)
+
+    refused = press(served.url, "Compare", "")
+    assert not refused["success"]
+    assert refused["output"]["error"] == "There is nothing to classify: type a sentence first."
+    assert_nothing_of_the_net(served)
+
+
 @pytest.fixture
 def browser():
     from playwright.sync_api import sync_playwright
@@ -358,6 +412,4 @@ def test_the_page_in_a_browser(served, run_folder, browser):
     page.get_by_role("button", name="Compare").click()
     page.get_by_text("There is nothing to classify: type a sentence first.").wait_for()
     assert all(url.startswith((served.url, "data:", "blob:")) for url in asked), asked
-    network = served.network.read_text().splitlines()
-    assert any(line == "socket.bind 127.0.0.1" for line in network)
-    assert {line.split()[1] for line in network} <= {"127.0.0.1", "localhost", "::1"}, network
+    assert_nothing_of_the_net(served)

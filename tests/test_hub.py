@@ -13,7 +13,7 @@ import transformers as hf
 from hub_server import Hub, serving
 from huggingface_hub import ModelCard
 
-from rebnn_hf import allow_loading_without_import, binarize, pack
+from rebnn_hf import allow_loading_without_import, binarize, pack, unpack
 from rebnn_hf.config import FORMAT_VERSION
 
 TESTS = Path(__file__).parent
@@ -205,17 +205,46 @@ def test_offline_pipeline_and_what_is_not_there(users):
 # Without the import
 
 
-def test_without_the_import_a_plain_model_is_refused(users):
-    assert users.stumbled["plain"][0] == "RuntimeError"
-    assert any("Unknown quantization type, got rebnn" in message for message in users.stumbled["warnings"])
+REFUSAL = (
+    "Unknown fusion type: none, for this is a 1-bit checkpoint of the package rebnn_hf: `pip install rebnn_hf`, and "
+    "`import rebnn_hf` before loading it"
+)
+"""Of transformers, with our sentence in it."""
+
+
+@pytest.mark.parametrize("model", ["packed", "packed, by its class", "packed, whatever its shapes", "latent"])
+def test_without_the_import_the_package_is_named(users, model):
+    assert users.stumbled[model] == ["ValueError", REFUSAL]
     assert not users.stumbled["imported"]
+
+
+def test_without_the_import_a_pipeline_names_the_package(users):
+    error, message = users.stumbled["packed, in a pipeline"]
+    assert error == "ValueError" and f"\nValueError: {REFUSAL}\n" in message
+
+
+def test_a_refusal_is_what_the_page_says(users):
+    page = " ".join((TESTS.parent / "docs" / "hub.md").read_text(encoding="utf-8").split())
+    assert f"ValueError: {REFUSAL}" in page
+    warnings = [message for message in users.stumbled["warnings"] if message.startswith("Unknown quantization type")]
+    assert warnings and all(message.startswith("Unknown quantization type, got rebnn - ") for message in warnings)
+    assert "Unknown quantization type, got rebnn - " in page
+
+
+def test_whoever_overrules_the_refusal_meets_the_shapes(users):
+    error, message = users.stumbled["overruled"]
+    assert error == "RuntimeError" and "ignore_mismatched_sizes" in message
+
+
+def test_without_the_import_a_tokenizer_loads(users):
+    assert users.stumbled["its tokens"] == users.read["tokens"]
 
 
 @pytest.mark.parametrize("model", ["self-loading", "self-loading, latent"])
 def test_without_the_import_a_self_loading_model_names_the_package(users, model):
     error, message = users.stumbled[model]
     assert error == "ValueError"
-    assert "`pip install rebnn_hf`, and `import rebnn_hf` before loading it, or load it with trust_remote" in message
+    assert message == f"{REFUSAL}, or load it with trust_remote_code=True"
 
 
 def test_where_it_is_not_installed_the_package_is_named(users):
@@ -247,7 +276,8 @@ def test_trusted_code_gives_the_whole_model(users):
 def test_saving_again_leaves_no_loose_ends(users):
     work = users.folder / "work"
     imported, trusted = (json.loads((work / name / "config.json").read_text()) for name in ("imported", "again"))
-    assert not imported.keys() & {"auto_map", "transformers_weights"}
+    assert "auto_map" not in imported
+    assert [*imported["fusion_config"]] == [REFUSAL.removeprefix("Unknown fusion type: ")]
     assert not (work / "imported" / "modeling_rebnn.py").exists()
     assert trusted["auto_map"] == {"AutoModelForSequenceClassification": "modeling_rebnn.BertForSequenceClassification"}
     assert (work / "again" / "modeling_rebnn.py").read_bytes() == (work / "packed" / "modeling_rebnn.py").read_bytes()
@@ -296,14 +326,46 @@ def test_auto_map(tmp_path, model_class, auto_map):
     assert contents(tmp_path) == before, "twice is as good as once"
 
 
-def test_notices_of_other_versions_are_ignored_and_names_of_files_are_not(tmp_path):
+def test_notices_of_other_versions_are_ignored_and_fusions_are_not(tmp_path):
     save(hf.BertModel, tmp_path)
-    change_config(tmp_path, transformers_weights="none: install rebnn_hf")
+    before = json.loads((tmp_path / "config.json").read_text())
+    change_config(tmp_path, fusion_config={"patch_embeddings": True, "none: install rebnn_hf": True})
+    model = hf.AutoModel.from_pretrained(tmp_path)
+    assert model.config.fusion_config == {"patch_embeddings": True, **before["fusion_config"]}
+    model.save_pretrained(tmp_path)
+    hf.AutoModel.from_pretrained(tmp_path)
+    allow_loading_without_import(tmp_path)
+    assert hf.AutoModel.from_pretrained(tmp_path).config.fusion_config == model.config.fusion_config
+    assert unpack(model).config.fusion_config == {"patch_embeddings": True}
+
+
+def test_fusions_that_are_none_are_refused(tmp_path):
+    save(hf.BertModel, tmp_path)
+    change_config(tmp_path, fusion_config=["patch_embeddings"])
+    with pytest.raises(ValueError, match=r"fusion_config must be a dict of fusions, got \['patch_embeddings'\]"):
+        hf.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("to_float", [unpack, lambda model: model.dequantize()])
+def test_a_float_model_is_free_of_it(tmp_path, to_float):
+    save(hf.BertModel, tmp_path / "packed")
+    model = hf.AutoModel.from_pretrained(tmp_path / "packed")
+    model.save_pretrained(tmp_path / "again")
+    to_float(model)
+    model.save_pretrained(tmp_path / "float")
+    assert "fusion_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
+
+
+def test_a_folder_from_before_the_notice_loads(tmp_path):
+    save(hf.BertModel, tmp_path)
     expected = hf.AutoModel.from_pretrained(tmp_path).state_dict()
-    (tmp_path / "model.safetensors").rename(tmp_path / "rebnn_hf.safetensors")
-    change_config(tmp_path, transformers_weights="rebnn_hf.safetensors")
-    loaded = hf.AutoModel.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["fusion_config"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = hf.AutoModel.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path)
+    assert "fusion_config" in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

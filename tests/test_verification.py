@@ -34,7 +34,7 @@ def test_share_of_equal_answers_and_the_largest_difference():
     assert 0 < share < 1 and found.equal_answers == pytest.approx(share)
     assert found.largest_difference == pytest.approx(0.7, rel=1e-5) and found.batches == 6
     assert found.largest_output == pytest.approx(expected.abs().max().item())
-    assert str(found).startswith(f"6 text(s): {share:.2%} equal answers; largest difference 0.7 in outputs up to ")
+    assert str(found).startswith(f"6 input(s): {share:.2%} equal answers; largest difference 0.7 in outputs up to ")
     assert found.to_dict()["equal_answers"] == found.equal_answers
 
 
@@ -50,6 +50,18 @@ def test_an_answer_is_right_as_a_whole(cls):
         else:
             other.classifier.weight.neg_()
     assert agreement(other, model, [batch]).equal_answers == 0
+
+
+def test_a_choice_is_right_or_wrong():
+    model = build(hf.BertForMultipleChoice)
+    other = copy.deepcopy(model)
+    read = [{name: tensor.unsqueeze(0) for name, tensor in random_inputs(model, 4, 6).items()} for _ in range(5)]
+    assert agreement(other, model, read).equal_answers == 1
+    with torch.no_grad():
+        other.classifier.weight.neg_()
+        chosen = [model(**batch).logits.argmax().item() for batch in read]
+    found = agreement(other, model, read)
+    assert found.equal_answers == 0 and found.batches == 5 and len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize("cls, choices", [(hf.BertModel, {}), (hf.BertForSequenceClassification, {"num_labels": 1})])
@@ -78,5 +90,3 @@ def test_errors():
         agreement(model, build(hf.BertModel), batches(model))
     with pytest.raises(ValueError, match="nothing to read"):
         agreement(model, model, [])
-    with pytest.raises(ValueError, match="BertForMultipleChoice reads several texts"):
-        agreement(build(hf.BertForMultipleChoice), build(hf.BertForMultipleChoice), batches(model))

@@ -2,6 +2,9 @@
 
     rebnn verify runs/packed runs/latent --texts sentences.txt
     rebnn verify runs/packed my-encoder --text "a film of rare beauty" --agreement 0.95
+    rebnn verify runs/packed-vit runs/latent-vit --image photos/*.jpg
+
+A text for a model of multiple choice is a question and its choices, with tabs between them.
 
 Against the latent model all answers must be equal, and the outputs up to --tolerance: packing changes nothing. Against
 the float model, from which training has moved it, answers are what counts. With few-bit activations the engine's
@@ -14,7 +17,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import load_image
 
 from ..inputs import longest
 from ..loading import check_twins, load
@@ -33,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reference", metavar="REFERENCE", help="the latent or the float model it was made from")
     parser.add_argument("--text", nargs="+", default=[], metavar="TEXT", help="texts to read")
     parser.add_argument("--texts", metavar="FILE", help="a file with a text on each line")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="images to look at")
     parser.add_argument("--tokenizer", metavar="NAME", help="default: that of PACKED")
     parser.add_argument(
         "--agreement", type=float, default=1.0, help="share of equal answers that is enough (default 1)"
@@ -47,13 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> bool:
     """Load both, let them read, compare."""
     texts = _texts(options)
-    tokenizer = processor_of(options.tokenizer or options.model)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"{options.tokenizer or options.model} has no tokenizer; name one with --tokenizer.")
     model, reference = load(options.model, "packed"), load(options.reference, "latent", "float")
     check_twins(model, reference)
-    length = min(tokenizer.model_max_length, longest(model))
-    read = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts]
+    read = _images(options, model) if model.main_input_name == "pixel_values" else _tokens(options, model, texts)
     found = agreement(model, reference, read)
     tolerance = _tolerance(options, reference)
     failures = _failures(found, options.agreement, tolerance)
@@ -65,9 +66,48 @@ def run(options: argparse.Namespace) -> bool:
 def _texts(options: argparse.Namespace) -> list[str]:
     lines = Path(options.texts).read_text(encoding="utf-8").splitlines() if options.texts else []
     texts = [text for text in (*options.text, *lines) if text.strip()]
-    if not texts:
-        raise ValueError("there is nothing to read; give texts with --text, or a file of them with --texts.")
+    if bool(texts) == bool(options.image):
+        raise ValueError(
+            "there is nothing to read, or two kinds of it; give texts with --text, a file of them with --texts, or, to "
+            "a model of images, those with --image."
+        )
     return texts
+
+
+def _images(options: argparse.Namespace, model: PreTrainedModel) -> list[BatchFeature]:
+    """Each image as the model sees it."""
+    if not options.image:
+        raise ValueError(f"{type(model).__name__} looks at images; give some with --image.")
+    processor = processor_of(options.model)
+    if processor is None:
+        raise ValueError(f"{options.model} has no image processor that can be loaded here; save one there.")
+    return [processor(images=load_image(file), return_tensors="pt") for file in options.image]
+
+
+def _tokens(options: argparse.Namespace, model: PreTrainedModel, texts: list[str]) -> list[BatchEncoding]:
+    """Each text, or question with its choices, as the model reads it."""
+    if not texts:
+        raise ValueError(f"{type(model).__name__} reads texts, and no images; give some with --text or --texts.")
+    tokenizer = processor_of(options.tokenizer or options.model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{options.tokenizer or options.model} has no tokenizer; name one with --tokenizer.")
+    limits = {"truncation": True, "max_length": min(tokenizer.model_max_length, longest(model))}
+    if not type(model).__name__.endswith("ForMultipleChoice"):
+        return [tokenizer(text, return_tensors="pt", **limits) for text in texts]
+    pairs = map(_question_and_choices, texts)
+    read = (tokenizer(*pair, padding=True, return_tensors="pt", **limits) for pair in pairs)
+    return [BatchEncoding({name: tensor.unsqueeze(0) for name, tensor in tokens.items()}) for tokens in read]
+
+
+def _question_and_choices(text: str) -> tuple[list[str], list[str]]:
+    """The question, once for each choice, and the choices."""
+    question, *choices = text.split("\t")
+    if len(choices) < 2:
+        raise ValueError(
+            f"{text!r} has {len(choices)} choices; for multiple choice a text is a question and two or more of them, "
+            "with tabs between."
+        )
+    return [question] * len(choices), choices
 
 
 def _tolerance(options: argparse.Namespace, reference: PreTrainedModel) -> float | None:

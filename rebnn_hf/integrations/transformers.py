@@ -15,7 +15,14 @@ from ..binarizers import PARAMETRIC, Elastic
 from ..fusion import fuse
 from ..hub import forget_folder
 from ..layers import LATENT_TYPES, PACKED_TYPES
-from ..patching import forget_quantization, prepare_for_loading, select_for_loading, unpack, untie_binary_embeddings
+from ..patching import (
+    forget_quantization,
+    prepare_for_loading,
+    remember_quantization,
+    select_for_loading,
+    unpack,
+    untie_binary_embeddings,
+)
 from ..soundness import check_bits, check_calibrated, check_finite
 from ..targets import check_saved
 
@@ -73,7 +80,7 @@ class ReBNNQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PACKED_TYPES):
                 module._is_hf_initialized = True  # transformers must not draw bits that the file lacks
-        model.config.quantization_config = config
+        remember_quantization(model, config)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
@@ -100,7 +107,9 @@ class ReBNNQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
+        """`dtype` comes from the config, where saving a model leaves its name."""
         unpack(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
 
     def remove_quantization_config(self, model):

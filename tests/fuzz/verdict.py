@@ -30,12 +30,13 @@ REFUSALS = {
     "rebnn_hf": (ValueError, TypeError),
     "transformers/configuration_utils.py": (ValueError, OSError),
     "transformers/quantizers/auto.py": (ValueError, TypeError),
+    "transformers/fusion_mapping.py": (ValueError,),
     "transformers/modeling_utils.py": (OSError, SafetensorError),
     "transformers/utils/loading_report.py": (RuntimeError,),
     "json/decoder.py": (ValueError,),
 }
 """Places that are meant to refuse a file, by a part of their path, and with what: transformers has a RuntimeError for
-shapes that do not fit."""
+shapes that do not fit, and where `quantization_config` is beyond recognition, it stops at our `fusion_config`."""
 
 
 class BadEnd(AssertionError):  # noqa: N818
