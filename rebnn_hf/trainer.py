@@ -57,7 +57,11 @@ class ReBNNTrainingArguments(TrainingArguments):
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the teacher's logits."})
     logits_loss: str = field(
         default="kl",
-        metadata={"help": "Loss on the logits; a regression (one logit) always uses mse.", "choices": LOGITS_LOSSES},
+        metadata={
+            "help": "Loss on the logits; a regression (one logit, or config.problem_type) always uses mse, and kl and "
+            "soft_cross_entropy take each label of a multi-label classification by itself.",
+            "choices": LOGITS_LOSSES,
+        },
     )
     logits_reduction: str = field(
         default="batch",
@@ -313,7 +317,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         if "logits" in weights:
             pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
             span = "start_logits" in outputs
-            parts["logits"] = sum(self._logits_loss(student, teacher, mask, span) for student, teacher in pairs)
+            problem = self._problem_type(outputs, inputs)
+            parts["logits"] = sum(self._logits_loss(*pair, mask, span, problem) for pair in pairs)
         tokens = None if mask is None else mask.flatten(0, -2)  # each choice of multiple choice is a sequence inside
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
@@ -325,18 +330,40 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             parts["attention"] = attention_loss(mine, theirs, tokens)
         return parts, outputs
 
-    def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool) -> Tensor:
+    def _problem_type(self, outputs, inputs) -> str | None:
+        """What the logits mean: `problem_type` of the teacher's config, or else of the student's.
+
+        Of heads with `num_labels` logits per example only: transformers reads it for no others, whose configs may hold
+        that of an earlier task.
+        """
+        configs = [getattr(model, "config", None) for model in (self.teacher, self.model)]
+        shape = outputs["logits"].shape if "logits" in outputs else ()
+        if len(shape) != 2 or shape[1] not in [getattr(config, "num_labels", None) for config in configs]:
+            return None
+        kinds = [kind for config in configs if (kind := getattr(config, "problem_type", None)) is not None]
+        if not kinds:
+            _refuse_unexplained_labels(inputs, self.label_names)
+        return kinds[0] if kinds else None
+
+    def _logits_loss(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool, problem: str | None
+    ) -> Tensor:
         """Loss of one tensor of logits; those of a span [B, S] have its tokens for classes, padding among them."""
-        squares = self.args.logits_loss == "mse" or student.shape[-1] == 1
+        binary = problem == "multi_label_classification"
+        single = student.shape[-1] == 1 and not binary
+        squares = self.args.logits_loss == "mse" or problem == "regression" or single
         per_token = student.ndim == 3 and mask is not None and student.shape[:2] == mask.shape
         if per_token or (span and squares and mask is not None):
             student, teacher = student[mask.bool()], teacher[mask.bool()]
         if squares:
             return distillation.logits_mse(student, teacher)
+        temperature = self.args.temperature
         if self.args.logits_loss == "kl":
-            return distillation.kl_divergence(student, teacher, self.args.temperature)
+            divergence = distillation.binary_kl_divergence if binary else distillation.kl_divergence
+            return divergence(student, teacher, temperature)
         reduction = "batch" if span else self.args.logits_reduction
-        return distillation.soft_cross_entropy(student, teacher, self.args.temperature, reduction)
+        cross_entropy = distillation.binary_soft_cross_entropy if binary else distillation.soft_cross_entropy
+        return cross_entropy(student, teacher, temperature, reduction)
 
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
         student = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's wrapper loads adapters
@@ -422,6 +449,16 @@ def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return spans
     return [logits.float().masked_fill(mask == 0, PADDING) for logits in spans]
+
+
+def _refuse_unexplained_labels(inputs, names: list[str]) -> None:
+    for labels in (inputs[name] for name in names if name in inputs):
+        if labels.is_floating_point() and labels.shape[1:].numel() > 1:
+            raise ValueError(
+                f"the labels are floats {list(labels.shape)}, and no config says what they mean; set problem_type in the "
+                "configs of teacher and student to 'multi_label_classification', to 'regression', or, where they are "
+                "shares of classes that exclude each other, to 'single_label_classification'."
+            )
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -7,7 +7,14 @@ import socket
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainerCallback, set_seed
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    TrainerCallback,
+    set_seed,
+)
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, ReBNNTrainer, ReBNNTrainingArguments, distillation
@@ -110,8 +117,10 @@ def test_loss_is_the_weighted_sum_of_its_parts(tmp_path):
             )
     expected = 0.5 * parts["labels"] + 2 * parts["logits"] + 3 * parts["hidden"] + 0.25 * parts["relations"]
     torch.testing.assert_close(loss, expected)
+    logged = trainer._mean_losses()
+    assert logged.keys() == {f"loss_{name}" for name in parts}
     for name, part in parts.items():
-        torch.testing.assert_close(trainer._mean_losses().get(f"loss_{name}", part.item()), part.item())
+        torch.testing.assert_close(logged[f"loss_{name}"], part.item())
     assert torch.equal(outputs.logits, mine.logits)
 
 
@@ -144,6 +153,73 @@ def test_regression_matches_logits_by_mse(tmp_path):
     student.train()
     expected = (student(**batch).logits - trainer.teacher(**batch).logits).square().mean()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+
+
+def with_problem(problem_type, labels, seed=0):
+    model = bert(seed, labels)
+    model.config.problem_type = problem_type
+    return model
+
+
+def logits_loss_and_gradient(tmp_path, student, teacher, dataset=None, **arguments):
+    """Loss of the logits alone on a batch, and its gradient for the bias of the student's head."""
+    arguments = {"hidden_weight": 0.0, "temperature": 2.0, **arguments}
+    trainer = trainer_for(tmp_path, student, teacher, dataset, **arguments)
+    batch = trainer.data_collator([(dataset or Sentences())[i] for i in range(8)])
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    loss.backward()
+    del batch["labels"]
+    return loss.detach(), student.classifier.bias.grad, student(**batch).logits.detach(), teacher(**batch).logits
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("said_by", ["teacher", "student"])
+def test_labels_that_do_not_exclude_each_other_are_distilled_each_by_itself(tmp_path, labels, said_by):
+    """Not by a softmax, which would have the student give probabilities that sum to 1."""
+    kinds = {"teacher": None, "student": None} | {said_by: "multi_label_classification"}
+    for name in ("kl", "soft_cross_entropy", "mse"):
+        student = rebnn_hf.binarize(with_problem(kinds["student"], labels))
+        teacher = with_problem(kinds["teacher"], labels, seed=1)
+        loss, gradient, s, t = logits_loss_and_gradient(tmp_path, student, teacher, logits_loss=name)
+        if name == "mse":
+            torch.testing.assert_close(loss, (s - t).square().mean())
+            continue
+        p, q = (t / 2).sigmoid(), (s / 2).sigmoid()
+        torch.testing.assert_close(gradient, 2 * (q - p).mean(0))
+        cross_entropy = -4 * (p * q.log() + (1 - p) * (1 - q).log()).sum(-1).mean()
+        entropy = -4 * (p * p.log() + (1 - p) * (1 - p).log()).sum(-1).mean()
+        torch.testing.assert_close(loss, cross_entropy - entropy if name == "kl" else cross_entropy)
+
+
+def test_a_regression_with_several_outputs_matches_logits_by_mse(tmp_path):
+    student = rebnn_hf.binarize(with_problem("regression", 3))
+    loss, _, s, t = logits_loss_and_gradient(tmp_path, student, with_problem("regression", 3, seed=1))
+    torch.testing.assert_close(loss, (s - t).square().mean())
+
+
+def test_the_problem_type_of_an_earlier_task_is_not_that_of_choices_and_tokens(tmp_path):
+    """transformers reads it in heads for sequences and images alone."""
+    config = bert(labels=1).config
+    config.problem_type = "regression"  # fine-tuned on STS-B, then on multiple choice
+    models = []
+    for seed in (0, 1):
+        set_seed(seed)
+        models.append(BertForMultipleChoice(config))
+    student, teacher = rebnn_hf.binarize(models[0]), models[1]
+    trainer = trainer_for(tmp_path, student, teacher, hidden_weight=0.0)
+    ids = torch.randint(5, 50, (8, 3, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = distillation.kl_divergence(student.train()(**batch).logits, teacher(**batch).logits)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+
+
+def test_float_labels_without_a_problem_type_are_refused(tmp_path):
+    several = [item | {"labels": [float(item["labels"]), 1.0, 0.0]} for item in Sentences().items]
+    student = rebnn_hf.binarize(bert(labels=3))
+    with pytest.raises(ValueError, match=r"labels are floats \[8, 3\].*set problem_type.*multi_label"):
+        logits_loss_and_gradient(tmp_path, student, bert(labels=3), several)
+    teacher = with_problem("multi_label_classification", 3)
+    assert logits_loss_and_gradient(tmp_path, student, teacher, several)[0] > 0
 
 
 def test_question_answering_matches_both_ends_of_the_span(tmp_path):
