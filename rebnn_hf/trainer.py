@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import distillation
-from .binarizers import PARAMETRIC, Elastic, calibrate
+from .binarizers import PARAMETRIC, Elastic, calibrate, set_batch_parts
 from .card import complete_card
 from .checkpoints import WholeCheckpoints
 from .layers import LATENT_TYPES, PACKED_TYPES
@@ -159,8 +159,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         resilience: handle of the balance rule, once the optimizer exists (None before).
 
     Raises:
-        ValueError: a model without 1-bit layers, nothing to train on, a teacher that is the student, or a way of
-            sharing the work that the balance rule does not support.
+        ValueError: a model without 1-bit layers, a packed one without adapters, nothing to train on, a teacher that is
+            the student, or a way of sharing the work that the balance rule does not support.
 
     Example:
         >>> trainer = ReBNNTrainer(model=rebnn_hf.binarize(model), teacher=teacher, args=args, train_dataset=data)
@@ -178,8 +178,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
     ):
         args = args or ReBNNTrainingArguments()
         _check_arguments(args, teacher)
-        if isinstance(model, nn.DataParallel):
-            raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
+        if model is not None:
+            _check_model(model)
         super().__init__(model=model, args=args, **kwargs)
         self._check_distribution()
         if self.compute_loss_func is not None and teacher is not None and args.gradient_accumulation_steps > 1:
@@ -194,8 +194,12 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_count = 0
-        if not any(isinstance(m, LATENT_TYPES + PACKED_TYPES) for m in self.model.modules()):
-            raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """The model of `model_init`, if it can be trained."""
+        model = super().call_model_init(trial)
+        _check_model(model)
+        return model
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Optimizer with parameter groups for latent weights, scales and the rest, under the balance rule."""
@@ -255,13 +259,13 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
     def _calibrate(self) -> None:
         """Give elastic activations without one a scale, from the same examples on every process, and tell all of them
         the parts of a step's batch."""
-        elastic = [module for module in self.model.modules() if isinstance(module, Elastic)]
-        for module in elastic:
-            module.batch_parts = self.args.world_size * self.args.gradient_accumulation_steps
-        waiting = any(not module.calibrated for module in elastic)
+        parts = self.args.world_size * self.args.gradient_accumulation_steps
+        waiting = any(isinstance(module, Elastic) and not module.calibrated for module in self.model.modules())
         if waiting and self.train_dataset is not None:
             collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
-            calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())))
+            calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())), parts)
+        else:
+            set_batch_parts(self.model, parts)
 
     def _calibration_examples(self) -> list:
         """Examples drawn by the seed; of a stream, which cannot be drawn from, the first."""
@@ -439,6 +443,19 @@ def _check_arguments(args: TrainingArguments, teacher) -> None:
         )
 
 
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
+    if not any(isinstance(module, LATENT_TYPES + PACKED_TYPES) for module in model.modules()):
+        raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
+    adapted = getattr(model, "peft_config", None)  # of PEFT's models, and of models with adapters of transformers
+    if not adapted and not any(isinstance(module, LATENT_TYPES) for module in model.modules()):
+        raise ValueError(
+            "the model is packed: its bits cannot be trained, only what is float beside them would change. Train the "
+            "latent model (the checkpoint saved before pack()), or put adapters on this one (peft.get_peft_model)."
+        )
+
+
 def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     """The answers of a model: one tensor, or start and end of the span in question answering, without padding."""
     if "logits" in outputs:
@@ -455,9 +472,9 @@ def _refuse_unexplained_labels(inputs, names: list[str]) -> None:
     for labels in (inputs[name] for name in names if name in inputs):
         if labels.is_floating_point() and labels.shape[1:].numel() > 1:
             raise ValueError(
-                f"the labels are floats {list(labels.shape)}, and no config says what they mean; set problem_type in the "
-                "configs of teacher and student to 'multi_label_classification', to 'regression', or, where they are "
-                "shares of classes that exclude each other, to 'single_label_classification'."
+                f"the labels are floats {list(labels.shape)}, and no config says what they mean; set problem_type in "
+                "the configs of teacher and student to 'multi_label_classification', to 'regression', or, where they "
+                "are shares of classes that exclude each other, to 'single_label_classification'."
             )
 
 

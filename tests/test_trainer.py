@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import warnings
 
 import pytest
 import torch
@@ -55,6 +56,10 @@ def bert(seed=0, labels=2, dropout=0.0):
         initializer_range=0.2,
     )
     return BertForSequenceClassification(config)
+
+
+def packed_bert():
+    return rebnn_hf.pack(rebnn_hf.binarize(bert()))
 
 
 def trainer_for(tmp_path, student=None, teacher="float", dataset=None, callbacks=None, **arguments):
@@ -137,6 +142,23 @@ def test_each_part_is_logged_by_name_with_the_oscillation(tmp_path):
     assert len(layers) == 12
     mean = sum(a * b for a, b in zip(layers, weights, strict=True)) / sum(weights)
     assert log["flip_ratio"] == pytest.approx(mean)
+
+
+def test_tensorboard_gets_each_part_and_the_oscillation(tmp_path, monkeypatch):
+    """What the event file holds is what the Trainer logged, step by step."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    trainer = trainer_for(tmp_path, report_to="tensorboard", log_oscillation="layer")
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file)).Reload()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    layer = "flip_ratio/bert.encoder.layer.1.output.dense"
+    for name in ("loss_logits", "loss_hidden", "loss_reconstruction", "flip_ratio", "balance_max", layer):
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert found == pytest.approx({log["step"]: log[name] for log in logs}, rel=1e-6), name
+        assert any(found.values()), name
 
 
 def test_training_without_a_teacher_uses_the_labels(tmp_path):
@@ -360,6 +382,13 @@ def test_every_run_of_a_search_is_under_the_rule(tmp_path):
     assert groups[0] == groups[1] and len(groups[0]) == 4
 
 
+def test_a_search_refuses_models_that_cannot_train(tmp_path):
+    arguments = ReBNNTrainingArguments(str(tmp_path), use_cpu=True)
+    for build, message in ((lambda: bert(), "no 1-bit layer"), (packed_bert, "is packed")):
+        with pytest.raises(ValueError, match=message):
+            ReBNNTrainer(model_init=build, args=arguments)
+
+
 def test_relations_between_different_heads_are_refused(tmp_path):
     config = bert().config
     config.num_attention_heads = 4
@@ -451,6 +480,26 @@ def test_bfloat16_autocast_keeps_float_latents_and_learns(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_half_precision_latents_of_a_half_precision_file_are_warned_of(tmp_path):
+    """transformers loads a file in its own type; an update of 1e-4 of a bfloat16 weight is nothing."""
+    bert().bfloat16().save_pretrained(tmp_path)
+    for options, narrow in (({}, True), ({"dtype": torch.float32}, False)):
+        student = rebnn_hf.binarize(BertForSequenceClassification.from_pretrained(tmp_path, **options))
+        before = latent_state(student)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_for(tmp_path, student, None, optim="sgd", latent_learning_rate=1e-4).train()
+        told = [str(warning.message) for warning in caught if "latent weights are" in str(warning.message)]
+        name = "bert.encoder.layer.0.attention.self.query.weight"
+        moved = (student.state_dict()[name] != before[name]).float().mean()
+        if narrow:
+            (text,) = told
+            assert text.startswith("12 of 12 latent weights are torch.bfloat16 (first: bert.encoder.layer.0.")
+            assert "dtype=torch.float32" in text and moved < 0.1
+        else:
+            assert not told and moved > 0.5
+
+
 def _train_as_one_of_two(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -520,12 +569,16 @@ def test_plot_of_a_run(tmp_path):
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "every loss weight is 0"),
         ({"teacher": None, "label_weight": 0.0}, "no teacher"),
         ({"relation_weight": 1.0, "torch_compile": True}, "torch_compile hides; set both to 0"),
-        ({"student": "float"}, "call rebnn_hf.binarize"),
+        ({"student": bert}, "call rebnn_hf.binarize"),
+        (
+            {"student": lambda: rebnn_hf.pack(rebnn_hf.binarize(bert()))},
+            "packed: its bits cannot be trained.*adapters",
+        ),
     ],
 )
 def test_errors(tmp_path, arguments, message):
-    if arguments.get("student") == "float":
-        arguments = {**arguments, "student": bert()}
+    if "student" in arguments:
+        arguments = {**arguments, "student": arguments["student"]()}
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **arguments)
 
