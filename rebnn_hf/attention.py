@@ -44,16 +44,9 @@ class BoolAttention(nn.Module):
 
     bits = 1
 
-    def table(self, head: int, scaling: float) -> None:
-        """The engine needs no exponentials here."""
-
-    def threshold(self) -> Tensor:
-        """Of no meaning here, [1]."""
-        return torch.zeros(1)
-
-    def context_scale(self) -> Tensor:
-        """What the integers of the context are multiplied with, [1]."""
-        return torch.ones(1)
+    def engine_parts(self, head: int, scaling: float) -> tuple[None, Tensor, Tensor]:
+        """Table, threshold and scale of `kernels.attention`: without a table a key counts by the sign of its score."""
+        return None, torch.zeros(1), torch.ones(1)
 
     def fits_engine(self, head: int, scaling: float) -> bool:
         """Whether `kernels.attention` computes the same."""
@@ -96,9 +89,10 @@ class ElasticAttention(nn.Module):
         """What the integers of the scores are multiplied with, [1]."""
         return self.query.positive_scale() * self.key.positive_scale() * scaling
 
-    def context_scale(self) -> Tensor:
-        """What the integers of the context are multiplied with, [1]."""
-        return self.probabilities.positive_scale() * self.value.positive_scale()
+    def engine_parts(self, head: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Table, threshold and scale of `kernels.attention`, for heads of `head` features."""
+        scale = self.probabilities.positive_scale() * self.value.positive_scale()
+        return self.table(head, scaling), self.threshold(), scale
 
     def table(self, head: int, scaling: float) -> Tensor:
         """exp(score) for 1-bit queries and keys of `head` features by the number of bits that differ, [head + 1].
@@ -171,7 +165,7 @@ def binary_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention = getattr(module, "binary_attention", _float_attention)
     if _engine_serves(attention, (query, key, value), attention_mask, scaling, dropout):
-        parts = attention.table(query.shape[-1], scaling), attention.threshold(), attention.context_scale()
+        parts = attention.engine_parts(query.shape[-1], scaling)
         return kernels.attention(query, key, value, attention_mask, *parts), None
     context, weights = attention(query, key, value, attention_mask, scaling, dropout)
     return context.transpose(1, 2).contiguous(), weights

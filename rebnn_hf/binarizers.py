@@ -88,10 +88,9 @@ class Elastic(nn.Module):
     """Elastic activation of BiT with a learned scale and, for linear layers, a learned shift of each feature (C1, C2).
 
     Codes: signed 1 bit {-1, +1}; signed k bits -2^(k-1) to 2^(k-1) - 1; unsigned 0 to 2^k - 1. The scale has the
-    gradient of `lsq_gradient`, with N the number of inputs in the batch of a step, padding included: where that comes
-    in `batch_parts` equal parts (processes times accumulation steps), `ReBNNTrainer` sets that attribute. The scale
-    must be found from data first (`calibrate`, which `ReBNNTrainer` calls): until then it is 0, and the layer refuses
-    to run.
+    gradient of `lsq_gradient`, with N the number of inputs in the batch of a step, padding included, which comes in
+    `batch_parts` equal parts (processes times accumulation steps; see `set_batch_parts`). The scale must be found from
+    data first (`calibrate`, which `ReBNNTrainer` calls): until then it is 0, and the layer refuses to run.
 
     Args:
         bits: k.
@@ -201,8 +200,21 @@ PARAMETRIC = (ShiftedSign, Elastic, RPReLU)
 """The layers of this file that have parameters."""
 
 
+def set_batch_parts(model: nn.Module, parts: int) -> None:
+    """Tell elastic activations in how many equal parts the batch of an optimizer step reaches them.
+
+    Raises:
+        ValueError: not an integer >= 1.
+    """
+    if type(parts) is not int or parts < 1:
+        raise ValueError(f"parts={parts!r} must be an integer >= 1: processes times gradient accumulation steps.")
+    for module in model.modules():
+        if isinstance(module, Elastic):
+            module.batch_parts = parts
+
+
 @torch.no_grad()
-def calibrate(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> int:
+def calibrate(model: nn.Module, batch: Mapping[str, Any] | Tensor, parts: int = 1) -> int:
     """Find the scales of elastic activations that have none yet, from one batch, in a single forward pass.
 
     Deterministic: the model runs in eval mode, and each scale is set when its layer is reached, so that later layers
@@ -212,18 +224,22 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> int:
         model: made by `binarize`.
         batch: inputs as for `model(**batch)`, or a tensor as for `model(batch)`, on the device of the model; every
             process must pass the same.
+        parts: in how many equal parts the batch of an optimizer step will come, processes times accumulation steps: the
+            gradients of the scales depend on the size of the whole. Not saved, so a loop that goes on from a checkpoint
+            calls this again. `ReBNNTrainer` knows it.
 
     Returns:
-        How many scales were set (0: there was nothing to do, and the model did not run).
+        How many scales were set (0: there was nothing to find, and the model did not run).
 
     Raises:
-        ValueError: layers that the forward pass did not reach, or scales that are sharded already.
+        ValueError: layers that the forward pass did not reach, scales that are sharded already, or parts < 1.
     """
     waiting = {n: m for n, m in model.named_modules() if isinstance(m, Elastic) and not m.calibrated}
-    if not waiting:
-        return 0
     if any(is_sharded(module.scale) for module in waiting.values()):
         raise ValueError("the scales are sharded over processes already; call calibrate() before fully_shard().")
+    set_batch_parts(model, parts)
+    if not waiting:
+        return 0
     handles = [m.register_forward_pre_hook(lambda layer, inputs: layer.calibrate(inputs[0])) for m in waiting.values()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

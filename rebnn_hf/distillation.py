@@ -1,6 +1,7 @@
 """Distillation losses between a 1-bit student and its full-precision teacher, as functions of tensors.
 
-Logits: `soft_cross_entropy`, `kl_divergence`, `logits_mse`. Hidden states of one layer: `hidden_mse`,
+Logits: `soft_cross_entropy`, `kl_divergence`, of labels that do not exclude each other `binary_soft_cross_entropy`,
+`binary_kl_divergence`; of regressions `logits_mse`. Hidden states of one layer: `hidden_mse`,
 `hidden_relative_mse`, `direction_loss`; of all layers: `hidden_loss`. Queries, keys or values of one layer:
 `relation_loss`.
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "binary_kl_divergence",
+    "binary_soft_cross_entropy",
     "direction_loss",
     "hidden_loss",
     "hidden_mse",
@@ -62,8 +65,7 @@ def soft_cross_entropy(
     Raises:
         ValueError: shapes differ, there is a single logit, or temperature or reduction is not valid.
     """
-    if reduction not in ("batch", "batch_class"):
-        raise ValueError(f"Got reduction={reduction!r}, expected 'batch' or 'batch_class'.")
+    _check_reduction(reduction)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
     loss = -(teacher.exp() * student).sum(-1).mean() * temperature**2
     return loss / student.shape[-1] if reduction == "batch_class" else loss
@@ -91,8 +93,59 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     return (teacher.exp() * (teacher - student)).sum(-1).mean() * temperature**2
 
 
+def binary_soft_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, reduction: str = "batch"
+) -> Tensor:
+    """Cross-entropy of the student's labels under the teacher's, where each label is true or false by itself.
+
+    L = −T²/N · Σ_n Σ_c [p_nc log q_nc + (1 − p_nc) log(1 − q_nc)],   p = σ(t/T), q = σ(s/T)
+
+    It is `soft_cross_entropy` of the two classes of each label, since softmax(x, 0) = (σ(x), 1 − σ(x)), summed over
+    the labels; its gradient is T (q − p)/N. reduction="batch_class" divides by the number of labels C as well.
+
+    Args:
+        student_logits: [..., C], C ≥ 1. Each leading index is one sample.
+        teacher_logits: [..., C], the same shape.
+        temperature: T > 0.
+        reduction: "batch" (mean over samples, sum over labels) or "batch_class" (mean over both).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: shapes differ or are empty, or temperature or reduction is not valid.
+    """
+    _check_reduction(reduction)
+    student, teacher = _logits(student_logits, teacher_logits)
+    loss = soft_cross_entropy(_true_or_false(student), _true_or_false(teacher), temperature)
+    return loss if reduction == "batch_class" else loss * student.shape[-1]
+
+
+def binary_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's labels to the student's, each true or false by itself.
+
+    L = T²/N · Σ_n Σ_c [p log(p/q) + (1 − p) log((1 − p)/(1 − q))],   p = σ(t/T), q = σ(s/T)
+
+    `binary_soft_cross_entropy` with reduction="batch" up to the teacher's entropy, which is constant: the gradients
+    are equal.
+
+    Args:
+        student_logits: [..., C], C ≥ 1; each leading index is one sample.
+        teacher_logits: [..., C], the same shape.
+        temperature: T > 0.
+
+    Returns:
+        Scalar ≥ 0 up to rounding; exactly 0 for equal logits.
+
+    Raises:
+        ValueError: shapes differ or are empty, or temperature is not positive.
+    """
+    student, teacher = _logits(student_logits, teacher_logits)
+    return kl_divergence(_true_or_false(student), _true_or_false(teacher), temperature) * student.shape[-1]
+
+
 def logits_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean squared error of the logits, the only logit loss that fits regression (a single logit).
+    """Mean squared error of the logits, the only logit loss that fits regression.
 
     L = mean over all elements of (s − t)²        (BiBERT's training code, regression task STS-B)
 
@@ -312,6 +365,16 @@ def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             "one shape that is not empty; use a teacher with the student's head, tuned on the same labels."
         )
     return _widen(student, teacher)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("batch", "batch_class"):
+        raise ValueError(f"Got reduction={reduction!r}, expected 'batch' or 'batch_class'.")
+
+
+def _true_or_false(logits: Tensor) -> Tensor:
+    """Logits of labels [..., C] -> logits of the two classes of each, [..., C, 2]."""
+    return torch.stack((logits, torch.zeros_like(logits)), dim=-1)
 
 
 def _log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

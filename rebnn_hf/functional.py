@@ -137,7 +137,7 @@ class BalanceRule:
         strength: factor of the decoupled pull.
 
     Raises:
-        ValueError: an unknown choice or a bound that cannot hold.
+        ValueError: an unknown choice, a bound that cannot hold, or bounds of `none`.
     """
 
     rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] = "flip_maxgrad"
@@ -155,6 +155,11 @@ class BalanceRule:
                 raise ValueError(f"{name}={number!r} must be a finite number >= 0.")
         if self.lower is not None and self.upper is not None and self.lower > self.upper:
             raise ValueError(f"lower={self.lower} is above upper={self.upper}; swap them or leave one out.")
+        if self.rule == "none" and (self.lower, self.upper) != (None, None):
+            raise ValueError(
+                f"rule='none' has a balance of 0, and no bounds (lower={self.lower}, upper={self.upper}); leave them "
+                "out, or use rule='const' with a value."
+            )
         if self.form == "decoupled" and self.rule == "maxgrad":
             raise ValueError(
                 "rule='maxgrad' has no decoupled form: normalised by the largest gradient it is 1 for every row, "

@@ -232,8 +232,8 @@ def _fields(block: nn.Module, layout: EncoderLayout, config) -> dict[str, Tensor
         binarizer = getattr(attention, name)
         fields |= _bit_projection(name, getattr(parts, name), lambda y, b=binarizer: b(y)[0] > 0)
     fields |= _bit_projection("inner", parts.inner, lambda y: parts.outer.input_binarizer(parts.activation(y))[0] > 0)
-    fields |= {"table": attention.table(head, head**-0.5), "threshold": attention.threshold()}
-    fields["context"] = _context_limits(parts.output, attention.context_scale(), config.max_position_embeddings)
+    fields["table"], fields["threshold"], context_scale = attention.engine_parts(head, head**-0.5)
+    fields["context"] = _context_limits(parts.output, context_scale, config.max_position_embeddings)
     fields["inner_unsigned"] = torch.tensor(
         [int(engine_codes(parts.outer.input_binarizer).kind == "levels")], dtype=torch.int32
     )

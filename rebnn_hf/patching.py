@@ -152,7 +152,13 @@ def unpack(model: Model) -> Model:
         _require_no_layers(model, "unpack")
         return model
     some_blocks = 0 < len(config.converted_ffn) < len(list(blocks(model)))  # a float config has one function for all
-    if config.activation != "none" or config.converted_attention or config.ffn_activation == "rprelu" or some_blocks:
+    trained = config.converted_attention or config.ffn_activation == "rprelu" or some_blocks
+    if config.activation == "token" and config.state == "packed" and not trained:
+        raise ValueError(
+            "unpack() makes a plain float model, and the inputs of this one are rounded to 8 bits; undo that first: "
+            "rebnn_hf.use_int8_inputs(model, enabled=False)."
+        )
+    if config.activation != "none" or trained:
         raise ValueError(
             f"unpack() makes a plain float model, which cannot compute activation={config.activation!r} with attention="
             f"{config.attention!r} and ffn_activation={config.ffn_activation!r}; single matrices are to be had from "

@@ -7,6 +7,7 @@ it skips a step). The reconstruction term therefore enters exactly once per step
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -256,7 +257,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
     reconstruction loss with the current balance is added; the optimizer steps; flips are counted and the balance of
     the next step is set. Works with any torch optimizer, loop, gradient accumulation, `clip_grad_norm_`, DDP, FSDP2
     (`fully_shard` first, then the optimizer, then this) and `GradScaler` (whose skipped steps leave balance and signs
-    alone). A step whose gradient is not finite is refused before it changes anything.
+    alone). A step whose gradient is not finite is refused before it changes anything. Warns of latent weights narrower
+    than float32, which lose small updates.
 
     Args:
         optimizer: a torch optimizer (or accelerate's wrapper of one) that holds the latent weights.
@@ -297,6 +299,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule
     _require_held(optimizer, latent)
     for name, module in latent.items():
         _require_fit_shards(name, module)
+    _warn_of_narrow_weights(latent)
     layers = {name: _Layer(module) for name, module in latent.items()}
     return Resilience(optimizer, layers, rule or _configured_rule(model))
 
@@ -410,6 +413,18 @@ def _require_fit_shards(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name} has one mean or scale for its whole weight, which is sharded over processes; use "
             "scale_granularity='row' and weight_center='none' or 'row', or DistributedDataParallel."
+        )
+
+
+def _warn_of_narrow_weights(layers: dict[str, nn.Module]) -> None:
+    narrow = {n: m.weight.dtype for n, m in layers.items() if torch.finfo(m.weight.dtype).bits < 32}
+    if narrow:
+        name, dtype = next(iter(narrow.items()))
+        warnings.warn(
+            f"{len(narrow)} of {len(layers)} latent weights are {dtype} (first: {name}), too short for small updates, "
+            "which it rounds away. from_pretrained() takes the type of the file: load the model with "
+            "dtype=torch.float32; to compute in half precision use autocast (Trainer: bf16=True).",
+            stacklevel=3,
         )
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import distillation
-from .binarizers import PARAMETRIC, Elastic, calibrate
+from .binarizers import PARAMETRIC, Elastic, calibrate, set_batch_parts
 from .card import complete_card
 from .checkpoints import WholeCheckpoints
 from .epochs import EpochFlips
@@ -59,7 +59,11 @@ class ReBNNTrainingArguments(TrainingArguments):
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the teacher's logits."})
     logits_loss: str = field(
         default="kl",
-        metadata={"help": "Loss on the logits; a regression (one logit) always uses mse.", "choices": LOGITS_LOSSES},
+        metadata={
+            "help": "Loss on the logits; a regression (one logit, or config.problem_type) always uses mse, and kl and "
+            "soft_cross_entropy take each label of a multi-label classification by itself.",
+            "choices": LOGITS_LOSSES,
+        },
     )
     logits_reduction: str = field(
         default="batch",
@@ -158,8 +162,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         epoch_flips: the signs at the last epoch's end, with it; each whole epoch logs its `epoch_flip_ratio`.
 
     Raises:
-        ValueError: a model without 1-bit layers, nothing to train on, a teacher that is the student, or a way of
-            sharing the work that the balance rule does not support.
+        ValueError: a model without 1-bit layers, a packed one without adapters, nothing to train on, a teacher that is
+            the student, or a way of sharing the work that the balance rule does not support.
 
     Example:
         >>> trainer = ReBNNTrainer(model=rebnn_hf.binarize(model), teacher=teacher, args=args, train_dataset=data)
@@ -177,8 +181,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
     ):
         args = args or ReBNNTrainingArguments()
         _check_arguments(args, teacher)
-        if isinstance(model, nn.DataParallel):
-            raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
+        if model is not None:
+            _check_model(model)
         super().__init__(model=model, args=args, **kwargs)
         self._check_distribution()
         if self.compute_loss_func is not None and teacher is not None and args.gradient_accumulation_steps > 1:
@@ -200,8 +204,12 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
                 f"hidden_weight={args.hidden_weight} needs hidden states, and {type(self.model).__name__}.forward() "
                 "does not take output_hidden_states; use hidden_weight=0.0."
             )
-        if not any(isinstance(m, LATENT_TYPES + PACKED_TYPES) for m in self.model.modules()):
-            raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """The model of `model_init`, if it can be trained."""
+        model = super().call_model_init(trial)
+        _check_model(model)
+        return model
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Optimizer with parameter groups for latent weights, scales and the rest, under the balance rule."""
@@ -278,13 +286,13 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
     def _calibrate(self) -> None:
         """Give elastic activations without one a scale, from the same examples on every process, and tell all of them
         the parts of a step's batch."""
-        elastic = [module for module in self.model.modules() if isinstance(module, Elastic)]
-        for module in elastic:
-            module.batch_parts = self.args.world_size * self.args.gradient_accumulation_steps
-        waiting = any(not module.calibrated for module in elastic)
+        parts = self.args.world_size * self.args.gradient_accumulation_steps
+        waiting = any(isinstance(module, Elastic) and not module.calibrated for module in self.model.modules())
         if waiting and self.train_dataset is not None:
             collate = self._get_collator_with_removed_columns(self.data_collator, "calibration")
-            calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())))
+            calibrate(self.model, self._prepare_inputs(collate(self._calibration_examples())), parts)
+        else:
+            set_batch_parts(self.model, parts)
 
     def _calibration_examples(self) -> list:
         """Examples drawn by the seed; of a stream, which cannot be drawn from, the first."""
@@ -340,7 +348,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         if "logits" in weights:
             pairs = zip(_logits(outputs, mask), _logits(target, mask), strict=True)
             span = "start_logits" in outputs
-            parts["logits"] = sum(self._logits_loss(student, teacher, mask, span) for student, teacher in pairs)
+            problem = self._problem_type(outputs, inputs)
+            parts["logits"] = sum(self._logits_loss(*pair, mask, span, problem) for pair in pairs)
         tokens = None if mask is None else mask.flatten(0, -2)  # each choice of multiple choice is a sequence inside
         if "hidden" in weights:
             parts["hidden"] = distillation.hidden_loss(
@@ -352,18 +361,40 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             parts["attention"] = attention_loss(mine, theirs, tokens)
         return parts, outputs
 
-    def _logits_loss(self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool) -> Tensor:
+    def _problem_type(self, outputs, inputs) -> str | None:
+        """What the logits mean: `problem_type` of the teacher's config, or else of the student's.
+
+        Of heads with `num_labels` logits per example only: transformers reads it for no others, whose configs may hold
+        that of an earlier task.
+        """
+        configs = [getattr(model, "config", None) for model in (self.teacher, self.model)]
+        shape = outputs["logits"].shape if "logits" in outputs else ()
+        if len(shape) != 2 or shape[1] not in [getattr(config, "num_labels", None) for config in configs]:
+            return None
+        kinds = [kind for config in configs if (kind := getattr(config, "problem_type", None)) is not None]
+        if not kinds:
+            _refuse_unexplained_labels(inputs, self.label_names)
+        return kinds[0] if kinds else None
+
+    def _logits_loss(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None, span: bool, problem: str | None
+    ) -> Tensor:
         """Loss of one tensor of logits; those of a span [B, S] have its tokens for classes, padding among them."""
-        squares = self.args.logits_loss == "mse" or student.shape[-1] == 1
+        binary = problem == "multi_label_classification"
+        single = student.shape[-1] == 1 and not binary
+        squares = self.args.logits_loss == "mse" or problem == "regression" or single
         per_token = student.ndim == 3 and mask is not None and student.shape[:2] == mask.shape
         if per_token or (span and squares and mask is not None):
             student, teacher = student[mask.bool()], teacher[mask.bool()]
         if squares:
             return distillation.logits_mse(student, teacher)
+        temperature = self.args.temperature
         if self.args.logits_loss == "kl":
-            return distillation.kl_divergence(student, teacher, self.args.temperature)
+            divergence = distillation.binary_kl_divergence if binary else distillation.kl_divergence
+            return divergence(student, teacher, temperature)
         reduction = "batch" if span else self.args.logits_reduction
-        return distillation.soft_cross_entropy(student, teacher, self.args.temperature, reduction)
+        cross_entropy = distillation.binary_soft_cross_entropy if binary else distillation.soft_cross_entropy
+        return cross_entropy(student, teacher, temperature, reduction)
 
     def _prepare_teacher(self, teacher: PreTrainedModel | str | Path) -> nn.Module:
         student = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's wrapper loads adapters
@@ -467,6 +498,19 @@ def _gives_hidden_states(model: nn.Module) -> bool:
     return any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(f"nn.DataParallel trains copies that are thrown away; {USE_INSTEAD}.")
+    if not any(isinstance(module, LATENT_TYPES + PACKED_TYPES) for module in model.modules()):
+        raise ValueError("the model has no 1-bit layer; call rebnn_hf.binarize(model) before building the trainer.")
+    adapted = getattr(model, "peft_config", None)  # of PEFT's models, and of models with adapters of transformers
+    if not adapted and not any(isinstance(module, LATENT_TYPES) for module in model.modules()):
+        raise ValueError(
+            "the model is packed: its bits cannot be trained, only what is float beside them would change. Train the "
+            "latent model (the checkpoint saved before pack()), or put adapters on this one (peft.get_peft_model)."
+        )
+
+
 def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     """The answers of a model: one tensor, or start and end of the span in question answering, without padding."""
     if "logits" in outputs:
@@ -477,6 +521,16 @@ def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return spans
     return [logits.float().masked_fill(mask == 0, PADDING) for logits in spans]
+
+
+def _refuse_unexplained_labels(inputs, names: list[str]) -> None:
+    for labels in (inputs[name] for name in names if name in inputs):
+        if labels.is_floating_point() and labels.shape[1:].numel() > 1:
+            raise ValueError(
+                f"the labels are floats {list(labels.shape)}, and no config says what they mean; set problem_type in "
+                "the configs of teacher and student to 'multi_label_classification', to 'regression', or, where they "
+                "are shares of classes that exclude each other, to 'single_label_classification'."
+            )
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

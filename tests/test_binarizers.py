@@ -130,6 +130,14 @@ def test_calibration_sees_what_calibrated_layers_make_of_the_batch_and_happens_o
     assert calibrate(model, {"x": 3 * x}) == 0 and torch.equal(first.scale, before)
 
 
+@pytest.mark.parametrize("parts", [0, -1, 2.0, True, None])
+def test_parts_are_a_number_of_parts(parts):
+    model = Two()
+    with pytest.raises(ValueError, match="must be an integer >= 1: processes times gradient accumulation steps"):
+        calibrate(model, {"x": torch.randn(6, 8, dtype=torch.float64)}, parts=parts)
+    assert not model.first.input_binarizer.calibrated
+
+
 def test_without_a_scale_there_is_an_error_in_words_and_no_answer():
     with pytest.raises(RuntimeError, match=r"no scale yet: train with ReBNNTrainer, or call\s+rebnn_hf.calibrate"):
         layer("elastic", 1)(torch.zeros(1, 33, dtype=torch.float64))

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from rebnn_hf.distillation import (
+    binary_kl_divergence,
+    binary_soft_cross_entropy,
     direction_loss,
     hidden_loss,
     hidden_mse,
@@ -26,6 +28,7 @@ def relation_loss_2(student, teacher, mask=None):
 
 
 CLASS_LOSSES = [soft_cross_entropy, kl_divergence]
+LABEL_LOSSES = [binary_soft_cross_entropy, binary_kl_divergence]
 HIDDEN_LOSSES = [hidden_mse, hidden_relative_mse, direction_loss]
 STATE_LOSSES = [*HIDDEN_LOSSES, relation_loss_2]
 KINDS = {"mse": hidden_mse, "relative_mse": hidden_relative_mse, "direction": direction_loss}
@@ -91,6 +94,23 @@ def test_class_losses_average_over_every_leading_index():
         assert_equal(loss(student, teacher), loss(student.flatten(0, 1), teacher.flatten(0, 1)))
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 1), (2, 2, 3)])
+def test_losses_of_labels_are_those_of_binary_cross_entropy(shape):
+    """Each label by itself: torch's loss on soft targets, summed over labels and averaged over samples."""
+    student, teacher = states(0, *shape).requires_grad_(), states(1, *shape)
+    samples = student.numel() // shape[-1]
+    for T in (1.0, 2.5):
+        p, q = (teacher / T).sigmoid(), (student / T).sigmoid().detach()
+        expected = T**2 * F.binary_cross_entropy_with_logits(student / T, p, reduction="sum") / samples
+        entropy = -(T**2) * (p * p.log() + (1 - p) * (1 - p).log()).sum() / samples
+        assert_equal(binary_soft_cross_entropy(student, teacher, T), expected.detach())
+        assert_equal(binary_soft_cross_entropy(student, teacher, T, "batch_class"), expected.detach() / shape[-1])
+        assert_equal(binary_kl_divergence(student, teacher, T), expected.detach() - entropy)
+        for loss in LABEL_LOSSES:
+            (gradient,) = torch.autograd.grad(loss(student, teacher, T), student)
+            assert_equal(gradient, T * (q - p) / samples)
+
+
 def test_logits_mse_is_the_mean_over_elements():
     for shape in ((2, 1), (1, 2), (2,)):
         student = tensor([1.0, 3.0]).reshape(shape).requires_grad_()
@@ -101,7 +121,7 @@ def test_logits_mse_is_the_mean_over_elements():
 
 def test_equal_logits_have_no_divergence():
     student = states(0, 4, 3).requires_grad_()
-    for loss in (kl_divergence, logits_mse):
+    for loss in (kl_divergence, binary_kl_divergence, logits_mse):
         value = loss(student, student.detach())
         assert value.item() == 0
         assert_equal(torch.autograd.grad(value, student)[0], torch.zeros(4, 3))
@@ -109,7 +129,7 @@ def test_equal_logits_have_no_divergence():
 
 def test_extreme_logits_stay_finite():
     student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    for loss in CLASS_LOSSES:
+    for loss in CLASS_LOSSES + LABEL_LOSSES:
         value = loss(student, torch.tensor([[-1e4, 1e4, torch.finfo(torch.float32).min]]))
         assert value.isfinite()
         assert torch.autograd.grad(value, student)[0].isfinite().all()

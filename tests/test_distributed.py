@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments
@@ -65,6 +67,7 @@ def _work(rank, world, port, folder):
     found = {plan: train(folder, *plan, world) for plan in PLANS}
     found["uneven"] = train_uneven(folder, world, drop_last=False)
     found["drop_last"] = train_uneven(folder, world, drop_last=True)
+    found["own loop"] = step_of_ones_own(rank, world, accumulation=2)
     if world == 2:
         found["resumed"] = resume(folder)
     for name, config in RULES.items():
@@ -201,6 +204,69 @@ def test_checkpoints_of_two_processes_are_whole_and_continue_exactly(processes):
     for checkpoint in (folder / "run").iterdir():
         assert damage(checkpoint) is None
         assert sorted(path.name for path in checkpoint.glob("rng*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+# -------------------------------------------------------------------------------- few bits in a loop of one's own, DDP
+
+
+def calibrated(parts):
+    """Few-bit model with scales from the whole batch of a step."""
+    model = latent(CONFIGS["few bits"])
+    rebnn_hf.calibrate(model, next(batches()), parts=parts)
+    return model
+
+
+def step_of_ones_own(rank=0, world=1, accumulation=1, parts=None):
+    """State after one step of a loop without Trainer."""
+    model = calibrated(parts or world * accumulation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rebnn_hf.attach(optimizer, model)
+    shared = DistributedDataParallel(model) if world > 1 else model
+    share = next(batches(rank, world))
+    for index in range(accumulation):
+        size = BATCH // world // accumulation
+        part = {name: values[index * size : (index + 1) * size] for name, values in share.items()}
+        last = index == accumulation - 1
+        with shared.no_sync() if world > 1 and not last else nullcontext():
+            (shared(**part).loss / accumulation).backward()
+    optimizer.step()
+    return model.state_dict()
+
+
+def assert_equal_states(found, expected):
+    for name, value in expected.items():
+        near = {"rtol": 1e-9, "atol": 1e-10}
+        torch.testing.assert_close(found[name], value, **near, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_loop_of_ones_own_takes_the_step_of_the_trainer(accumulation, tmp_path):
+    """With few-bit activations, whose scales have a gradient that depends on the size of the whole batch."""
+    run = trainer_for(
+        tmp_path,
+        calibrated(parts=1),
+        None,
+        Sentences(BATCH, length=4),
+        per_device_train_batch_size=BATCH // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=0.05,
+    )
+    run.train()
+    mine = step_of_ones_own(accumulation=accumulation)
+    assert_equal_states(mine, run.model.state_dict())
+    if accumulation > 1:
+        start, blind = calibrated(1).state_dict(), step_of_ones_own(accumulation=accumulation, parts=1)
+        for name in (name for name in mine if name.endswith(".scale")):
+            torch.testing.assert_close(blind[name] - start[name], accumulation**0.5 * (mine[name] - start[name]))
+
+
+def test_processes_of_a_loop_of_ones_own_take_the_step_of_one(processes):
+    expected = step_of_ones_own()
+    for found in results(processes):
+        assert_equal_states(found["own loop"], expected)
 
 
 # ---------------------------------------------------------------------------------------------- weights sharded, FSDP2

@@ -212,6 +212,8 @@ def test_scales_stay_positive():
         (lambda: WeightRule(scale_gradient="exact"), "closed-form scale"),
         (lambda: BalanceRule("max"), "rule='max' is unknown"),
         (lambda: BalanceRule(lower=2.0, upper=1.0), "lower=2.0 is above upper=1.0"),
+        (lambda: BalanceRule("none", lower=1e-5), "rule='none' has a balance of 0, and no bounds (lower=1e-05"),
+        (lambda: BalanceRule("none", upper=0.0), "leave them out"),
         (lambda: BalanceRule(value=-1.0), "must be a finite number >= 0"),
         (lambda: BalanceRule("maxgrad", form="decoupled"), "no decoupled form"),
         (lambda: binarize_rows(tensor([1.0]), None, WeightRule()), "needs learned_scale"),

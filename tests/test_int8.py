@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, use_int8_inputs
+from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, unpack, use_int8_inputs
 from rebnn_hf.kernels import use_backend
 from rebnn_hf.layers import PackedLinear
 
@@ -62,3 +62,13 @@ def test_models_it_is_not_for_are_refused():
         use_int8_inputs(latent)
     with pytest.raises(ValueError, match="activation='elastic'"):
         use_int8_inputs(packed(activation="elastic"))
+
+
+def test_unpack_says_how_to_get_float_inputs_back():
+    model = packed()
+    expected = logits(model)
+    use_int8_inputs(model)
+    with pytest.raises(ValueError, match=r"rebnn_hf\.use_int8_inputs\(model, enabled=False\)"):
+        unpack(model)
+    assert model.config.quantization_config.activation == "token"
+    torch.testing.assert_close(logits(unpack(use_int8_inputs(model, enabled=False))), expected)

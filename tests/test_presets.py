@@ -406,8 +406,17 @@ def test_regression_takes_the_mean_square_whatever_the_preset(tmp_path):
 
 
 def test_summary_says_what_stays_float():
-    text = str(summary(student("rebnn-bit-w1a1", word_embeddings=True, pooler=True)))
-    assert "embedding" in text and "LayerNorm" in text and "head (head=False)" in text
+    result = summary(student("rebnn-bit-w1a1", word_embeddings=True, pooler=True))
+    notes = {row.name: row.note for row in result.rows}
+    floats = {
+        "bert.embeddings.position_embeddings": "float: embedding",
+        "bert.embeddings.LayerNorm": "float: norm",
+        "classifier": "float: head (head=False)",
+    }
+    for name, note in floats.items():
+        assert notes[name] == note
+        assert [line for line in str(result).splitlines() if name in line and note in line], name
+    assert all(notes[name].startswith("latent") for name in ("bert.embeddings.word_embeddings", "bert.pooler.dense"))
 
 
 @pytest.mark.parametrize("preset", ["rebnn-bit-w1a1", "rebnn-bit-w1a8", "rebnn-bibert-w1a1", "reactnet"])

@@ -60,6 +60,23 @@ def test_worked_trajectory():
         assert latent.balance.item() == pytest.approx(gamma, abs=1e-12)
 
 
+def test_flips_are_not_the_released_code_s():
+    """W=[.02,-.01,.5], G=[.05,-.003,.1], eta=.1: no sign changes. The released code, which takes the weights before the
+    step for those after it minus their gradient, finds a third (oracle A7)."""
+    latent = BinaryLinear(3, 1, bias=False, dtype=DOUBLE)
+    grad = torch.tensor([[0.05, -0.003, 0.1]], dtype=DOUBLE)
+    with torch.no_grad():
+        latent.weight.copy_(torch.tensor([[0.02, -0.01, 0.5]], dtype=DOUBLE))
+        latent.weight_scale.fill_(1.0)
+    optimizer = torch.optim.SGD([latent.weight], lr=0.1)
+    resilience = attach(optimizer, latent)
+    step(optimizer, latent(grad).sum())  # dL/dW = alpha G = the input
+    torch.testing.assert_close(latent.weight.detach(), torch.tensor([[0.015, -0.0097, 0.49]], dtype=DOUBLE))
+    assert resilience.statistics()[""]["flip_ratio"] == latent.balance.item() == 0
+    released = sign(latent.weight - grad) != sign(latent.weight)
+    assert released.double().mean().item() == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize(
     "rule",
     [

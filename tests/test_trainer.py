@@ -3,11 +3,19 @@
 import copy
 import os
 import socket
+import warnings
 
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, TrainerCallback, set_seed
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    TrainerCallback,
+    set_seed,
+)
 
 import rebnn_hf
 from rebnn_hf import ReBNNConfig, ReBNNTrainer, ReBNNTrainingArguments, distillation
@@ -48,6 +56,10 @@ def bert(seed=0, labels=2, dropout=0.0):
         initializer_range=0.2,
     )
     return BertForSequenceClassification(config)
+
+
+def packed_bert():
+    return rebnn_hf.pack(rebnn_hf.binarize(bert()))
 
 
 def trainer_for(tmp_path, student=None, teacher="float", dataset=None, callbacks=None, **arguments):
@@ -110,8 +122,10 @@ def test_loss_is_the_weighted_sum_of_its_parts(tmp_path):
             )
     expected = 0.5 * parts["labels"] + 2 * parts["logits"] + 3 * parts["hidden"] + 0.25 * parts["relations"]
     torch.testing.assert_close(loss, expected)
+    logged = trainer._mean_losses()
+    assert logged.keys() == {f"loss_{name}" for name in parts}
     for name, part in parts.items():
-        torch.testing.assert_close(trainer._mean_losses().get(f"loss_{name}", part.item()), part.item())
+        torch.testing.assert_close(logged[f"loss_{name}"], part.item())
     assert torch.equal(outputs.logits, mine.logits)
 
 
@@ -130,6 +144,23 @@ def test_each_part_is_logged_by_name_with_the_oscillation(tmp_path):
     assert log["flip_ratio"] == pytest.approx(mean)
 
 
+def test_tensorboard_gets_each_part_and_the_oscillation(tmp_path, monkeypatch):
+    """What the event file holds is what the Trainer logged, step by step."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    trainer = trainer_for(tmp_path, report_to="tensorboard", log_oscillation="layer")
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file)).Reload()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4
+    layer = "flip_ratio/bert.encoder.layer.1.output.dense"
+    for name in ("loss_logits", "loss_hidden", "loss_reconstruction", "flip_ratio", "balance_max", layer):
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert found == pytest.approx({log["step"]: log[name] for log in logs}, rel=1e-6), name
+        assert any(found.values()), name
+
+
 def test_training_without_a_teacher_uses_the_labels(tmp_path):
     trainer = trainer_for(tmp_path, teacher=None)
     trainer.train()
@@ -144,6 +175,73 @@ def test_regression_matches_logits_by_mse(tmp_path):
     student.train()
     expected = (student(**batch).logits - trainer.teacher(**batch).logits).square().mean()
     torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+
+
+def with_problem(problem_type, labels, seed=0):
+    model = bert(seed, labels)
+    model.config.problem_type = problem_type
+    return model
+
+
+def logits_loss_and_gradient(tmp_path, student, teacher, dataset=None, **arguments):
+    """Loss of the logits alone on a batch, and its gradient for the bias of the student's head."""
+    arguments = {"hidden_weight": 0.0, "temperature": 2.0, **arguments}
+    trainer = trainer_for(tmp_path, student, teacher, dataset, **arguments)
+    batch = trainer.data_collator([(dataset or Sentences())[i] for i in range(8)])
+    loss = trainer.compute_loss(student.train(), dict(batch))
+    loss.backward()
+    del batch["labels"]
+    return loss.detach(), student.classifier.bias.grad, student(**batch).logits.detach(), teacher(**batch).logits
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+@pytest.mark.parametrize("said_by", ["teacher", "student"])
+def test_labels_that_do_not_exclude_each_other_are_distilled_each_by_itself(tmp_path, labels, said_by):
+    """Not by a softmax, which would have the student give probabilities that sum to 1."""
+    kinds = {"teacher": None, "student": None} | {said_by: "multi_label_classification"}
+    for name in ("kl", "soft_cross_entropy", "mse"):
+        student = rebnn_hf.binarize(with_problem(kinds["student"], labels))
+        teacher = with_problem(kinds["teacher"], labels, seed=1)
+        loss, gradient, s, t = logits_loss_and_gradient(tmp_path, student, teacher, logits_loss=name)
+        if name == "mse":
+            torch.testing.assert_close(loss, (s - t).square().mean())
+            continue
+        p, q = (t / 2).sigmoid(), (s / 2).sigmoid()
+        torch.testing.assert_close(gradient, 2 * (q - p).mean(0))
+        cross_entropy = -4 * (p * q.log() + (1 - p) * (1 - q).log()).sum(-1).mean()
+        entropy = -4 * (p * p.log() + (1 - p) * (1 - p).log()).sum(-1).mean()
+        torch.testing.assert_close(loss, cross_entropy - entropy if name == "kl" else cross_entropy)
+
+
+def test_a_regression_with_several_outputs_matches_logits_by_mse(tmp_path):
+    student = rebnn_hf.binarize(with_problem("regression", 3))
+    loss, _, s, t = logits_loss_and_gradient(tmp_path, student, with_problem("regression", 3, seed=1))
+    torch.testing.assert_close(loss, (s - t).square().mean())
+
+
+def test_the_problem_type_of_an_earlier_task_is_not_that_of_choices_and_tokens(tmp_path):
+    """transformers reads it in heads for sequences and images alone."""
+    config = bert(labels=1).config
+    config.problem_type = "regression"  # fine-tuned on STS-B, then on multiple choice
+    models = []
+    for seed in (0, 1):
+        set_seed(seed)
+        models.append(BertForMultipleChoice(config))
+    student, teacher = rebnn_hf.binarize(models[0]), models[1]
+    trainer = trainer_for(tmp_path, student, teacher, hidden_weight=0.0)
+    ids = torch.randint(5, 50, (8, 3, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = distillation.kl_divergence(student.train()(**batch).logits, teacher(**batch).logits)
+    torch.testing.assert_close(trainer.compute_loss(student, dict(batch)), expected)
+
+
+def test_float_labels_without_a_problem_type_are_refused(tmp_path):
+    several = [item | {"labels": [float(item["labels"]), 1.0, 0.0]} for item in Sentences().items]
+    student = rebnn_hf.binarize(bert(labels=3))
+    with pytest.raises(ValueError, match=r"labels are floats \[8, 3\].*set problem_type.*multi_label"):
+        logits_loss_and_gradient(tmp_path, student, bert(labels=3), several)
+    teacher = with_problem("multi_label_classification", 3)
+    assert logits_loss_and_gradient(tmp_path, student, teacher, several)[0] > 0
 
 
 def test_question_answering_matches_both_ends_of_the_span(tmp_path):
@@ -284,6 +382,13 @@ def test_every_run_of_a_search_is_under_the_rule(tmp_path):
     assert groups[0] == groups[1] and len(groups[0]) == 4
 
 
+def test_a_search_refuses_models_that_cannot_train(tmp_path):
+    arguments = ReBNNTrainingArguments(str(tmp_path), use_cpu=True)
+    for build, message in ((lambda: bert(), "no 1-bit layer"), (packed_bert, "is packed")):
+        with pytest.raises(ValueError, match=message):
+            ReBNNTrainer(model_init=build, args=arguments)
+
+
 def test_relations_between_different_heads_are_refused(tmp_path):
     config = bert().config
     config.num_attention_heads = 4
@@ -375,6 +480,26 @@ def test_bfloat16_autocast_keeps_float_latents_and_learns(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_half_precision_latents_of_a_half_precision_file_are_warned_of(tmp_path):
+    """transformers loads a file in its own type; an update of 1e-4 of a bfloat16 weight is nothing."""
+    bert().bfloat16().save_pretrained(tmp_path)
+    for options, narrow in (({}, True), ({"dtype": torch.float32}, False)):
+        student = rebnn_hf.binarize(BertForSequenceClassification.from_pretrained(tmp_path, **options))
+        before = latent_state(student)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_for(tmp_path, student, None, optim="sgd", latent_learning_rate=1e-4).train()
+        told = [str(warning.message) for warning in caught if "latent weights are" in str(warning.message)]
+        name = "bert.encoder.layer.0.attention.self.query.weight"
+        moved = (student.state_dict()[name] != before[name]).float().mean()
+        if narrow:
+            (text,) = told
+            assert text.startswith("12 of 12 latent weights are torch.bfloat16 (first: bert.encoder.layer.0.")
+            assert "dtype=torch.float32" in text and moved < 0.1
+        else:
+            assert not told and moved > 0.5
+
+
 def _train_as_one_of_two(rank, folder, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -444,12 +569,16 @@ def test_plot_of_a_run(tmp_path):
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "every loss weight is 0"),
         ({"teacher": None, "label_weight": 0.0}, "no teacher"),
         ({"relation_weight": 1.0, "torch_compile": True}, "torch_compile hides; set both to 0"),
-        ({"student": "float"}, "call rebnn_hf.binarize"),
+        ({"student": bert}, "call rebnn_hf.binarize"),
+        (
+            {"student": lambda: rebnn_hf.pack(rebnn_hf.binarize(bert()))},
+            "packed: its bits cannot be trained.*adapters",
+        ),
     ],
 )
 def test_errors(tmp_path, arguments, message):
-    if arguments.get("student") == "float":
-        arguments = {**arguments, "student": bert()}
+    if "student" in arguments:
+        arguments = {**arguments, "student": arguments["student"]()}
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **arguments)
 

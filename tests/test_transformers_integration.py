@@ -422,3 +422,13 @@ def test_transformers_is_told_that_latent_weights_train(latent):
     assert loaded.hf_quantizer.is_trainable
     assert loaded.hf_quantizer.is_qat_trainable
     assert loaded.hf_quantizer.is_serializable()
+
+
+def test_the_plain_trainer_scores_packed_models(packed, tmp_path):
+    """It refuses, at once and for whatever purpose, models whose quantizer denies that they train."""
+    ids = torch.arange(1, 41).reshape(8, 5)
+    loaded = load(packed[1])
+    arguments = hf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    found = hf.Trainer(model=loaded, args=arguments).predict([{"input_ids": row} for row in ids]).predictions
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), loaded(input_ids=ids).logits)

@@ -40,7 +40,11 @@ class ReBNNQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Tells the Trainer that no adapter is needed."""
+        """Tells the Trainer that no adapter is needed.
+
+        For packed models too: otherwise transformers would refuse a Trainer that only scores them. `ReBNNTrainer`
+        refuses those that cannot train.
+        """
         return True
 
     def is_serializable(self) -> bool:

@@ -259,19 +259,9 @@ def encode(
     return result, scales
 
 
-def linear(
-    x: Tensor,
-    layout: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    codes: str,
-    width: int,
-    low: int = 0,
-    scale: float = 1.0,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """`rebnn_linear`: x float32 [N, M] -> float32 [N, O]."""
-    return prepare_linear(x, layout, weight_scale, bias, codes, width, low, scale, shift)()
+def linear(*arguments, **named) -> Tensor:
+    """`prepare_linear`, called once."""
+    return prepare_linear(*arguments, **named)()
 
 
 def prepare_linear(
@@ -281,11 +271,12 @@ def prepare_linear(
     bias: Tensor | None,
     codes: str,
     width: int,
-    low: int,
-    scale: float,
-    shift: Tensor | None,
+    low: int = 0,
+    scale: float = 1.0,
+    shift: Tensor | None = None,
 ) -> Callable[[], Tensor]:
-    """`linear` with everything checked, to be called once or often: with what x holds then, into the same result."""
+    """`rebnn_linear`, x float32 [N, M] -> float32 [N, O], with everything checked, to be called once or often: with
+    what x holds then, into the same result."""
     _expect("x", x, torch.float32, *x.shape[:2])
     (rows, inputs), outputs = x.shape, len(weight_scale)
     _expect("weight_scale", weight_scale, torch.float32, outputs)
@@ -343,26 +334,9 @@ def conv_layout(bits: Tensor, channels: int, kernel: Sequence[int], kind: int) -
     return result
 
 
-def conv2d(
-    x: Tensor,
-    layout: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    codes: str,
-    width: int,
-    low: int,
-    scale: float,
-    shift: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    residual: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """`rebnn_conv2d`: x float32 [N, C, H, W] -> float32 [N, O, H', W'], H' = floor((H + 2 pad - kernel) / stride) + 1
-    and W' alike; layout of `conv_layout`, shift [C]; kernel, stride and padding (height, width); residual: shortcut
-    [N, O, H', W'], and shift_in, slope and shift_out [O]."""
-    codes = (codes, width, low, scale, shift)
-    return prepare_conv2d(x, layout, weight_scale, bias, *codes, kernel, stride, padding, residual)()
+def conv2d(*arguments, **named) -> Tensor:
+    """`prepare_conv2d`, called once."""
+    return prepare_conv2d(*arguments, **named)()
 
 
 def prepare_conv2d(
@@ -380,7 +354,11 @@ def prepare_conv2d(
     padding: Sequence[int],
     residual: Sequence[Tensor] | None = None,
 ) -> Callable[[], Tensor]:
-    """`conv2d` with everything checked, as `prepare_linear` is to `linear`."""
+    """`rebnn_conv2d`, x float32 [N, C, H, W] -> float32 [N, O, H', W'], to be called as that of `prepare_linear`.
+
+    H' = floor((H + 2 pad - kernel) / stride) + 1 and W' alike; layout of `conv_layout`, shift [C]; kernel, stride and
+    padding (height, width); residual: shortcut [N, O, H', W'], and shift_in, slope and shift_out [O].
+    """
     if x.ndim != 4:
         raise ValueError(f"x must be images [batch, channels, height, width], got a shape of {tuple(x.shape)}.")
     _expect("x", x, torch.float32, *x.shape)
