@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -68,7 +68,13 @@ class ReBNNTrainingArguments(TrainingArguments):
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of kl and soft_cross_entropy."})
-    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the loss on the hidden states; of image models these are feature maps, whose shapes in "
+            "student and teacher must be equal."
+        },
+    )
     hidden_loss: str = field(
         default="relative_mse", metadata={"help": "Loss on the hidden states of each layer.", "choices": HIDDEN_LOSSES}
     )
@@ -316,9 +322,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             parts["logits"] = sum(self._logits_loss(student, teacher, mask, span) for student, teacher in pairs)
         tokens = None if mask is None else mask.flatten(0, -2)  # each choice of multiple choice is a sequence inside
         if "hidden" in weights:
-            parts["hidden"] = distillation.hidden_loss(
-                self.args.hidden_loss, outputs.hidden_states, target.hidden_states, tokens
-            )
+            states = _hidden_states(outputs), _hidden_states(target)
+            parts["hidden"] = distillation.hidden_loss(self.args.hidden_loss, *states, tokens)
         if "relations" in weights:
             parts["relations"] = relations_loss(mine, theirs, tokens)
         if "attention" in weights:
@@ -422,6 +427,12 @@ def _logits(outputs, mask: Tensor | None) -> list[Tensor]:
     if mask is None:
         return spans
     return [logits.float().masked_fill(mask == 0, PADDING) for logits in spans]
+
+
+def _hidden_states(outputs) -> Sequence[Tensor]:
+    if outputs.get("hidden_states") is None:
+        raise ValueError(f"hidden_weight > 0, but the model returns only {', '.join(outputs)}; set hidden_weight=0.")
+    return outputs["hidden_states"]
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,12 +1,24 @@
 """Convolutional networks of transformers in one bit: which convolutions, training, packing, loading."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
 import rebnn_hf
-from rebnn_hf import ReBNNConfig, binarize, calibrate, operations, pack, summary, unpack
+from rebnn_hf import (
+    ReBNNConfig,
+    ReBNNTrainer,
+    ReBNNTrainingArguments,
+    binarize,
+    calibrate,
+    operations,
+    pack,
+    summary,
+    unpack,
+)
 from rebnn_hf.convolutions import BinaryConv2d, PackedConv2d
 from rebnn_hf.kernels import use_backend
 
@@ -121,6 +133,42 @@ def test_the_balance_rule_reaches_convolutions():
     statistics = handle.statistics()
     assert all(layer["flip_ratio"] > 0 for layer in statistics.values())
     assert statistics["resnet.encoder.stages.1.layers.0.layer.0.convolution"]["weights"] == 12 * 20 * 9
+
+
+def distilled(student, teacher, folder, **options):
+    """The log of two steps with the Trainer's defaults, each on all of eight images."""
+    generator = torch.Generator().manual_seed(2)
+    data = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": i % 4} for i in range(8)]
+    options = dict(max_steps=2, per_device_train_batch_size=8, logging_steps=1, learning_rate=1e-2) | options
+    arguments = ReBNNTrainingArguments(
+        output_dir=str(folder), report_to="none", use_cpu=True, plot_oscillation=False, save_strategy="no", **options
+    )
+    trainer = ReBNNTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data)
+    trainer.train()
+    return trainer.state.log_history, torch.stack([item["pixel_values"] for item in data])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trainer_compares_feature_maps_position_by_position(name, tmp_path):
+    teacher, student = build(name), binarize(build(name))
+    untrained = copy.deepcopy(student).train()
+    log, pixels = distilled(student, teacher, tmp_path)
+    with torch.no_grad():
+        mine, theirs = (model(pixels, output_hidden_states=True).hidden_states for model in (untrained, teacher))
+    assert len(mine) == 3 and all(level.ndim == 4 for level in mine)
+    expected = sum((s - t).square().sum() / t.square().sum() for s, t in zip(mine, theirs, strict=True))
+    assert log[0]["loss_hidden"] == pytest.approx(expected.item(), rel=1e-4) and expected > 1e-4
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_hidden"] + log[0]["loss_logits"], rel=1e-4)
+
+
+def test_feature_maps_of_other_shapes_are_refused_with_what_to_do(tmp_path):
+    sizes = dict(num_labels=4, embedding_size=12, hidden_sizes=[12, 24], depths=[1, 2], layer_type="basic")
+    teacher = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    student = binarize(build("resnet"))
+    with pytest.raises(ValueError, match=r"student feature maps \[8, 20, 4, 4\] .* \[8, 24, 4, 4\].*hidden_weight=0"):
+        distilled(student, teacher, tmp_path)
+    log, _ = distilled(student, teacher, tmp_path, hidden_weight=0.0)
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_logits"], rel=1e-4)
 
 
 def test_summary_counts_bits_of_convolutions():
