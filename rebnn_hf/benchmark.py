@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .architecture import encoder_of
+from .auto_classes import class_of, saved_model_config
 from .fusion import fuse
 from .layers import PACKED_TYPES
 from .timing import Contender, Row, compare, interleave, threads
@@ -63,26 +63,6 @@ def load(name: str, *states: str) -> PreTrainedModel:
             f"{name!r} is not a {' or '.join(states)} model: its config has {found}; {REMEDIES[states[0]]}."
         )
     return class_of(config).from_pretrained(name).eval()
-
-
-def saved_model_config(name: str) -> PretrainedConfig:
-    """The config of a model in a folder or on the Hub.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{name!r} is no model: neither a folder with a config.json that transformers knows, nor a name on the Hub "
-            "that can be reached from here."
-        ) from None
-
-
-def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a model was saved as."""
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
 
 
 def longest(model: PreTrainedModel) -> int:

@@ -21,7 +21,7 @@ import transformers
 from transformers import AutoModel, PreTrainedModel
 
 from .. import kernels
-from ..benchmark import class_of, saved_model_config
+from ..auto_classes import class_of, saved_model_config
 from ..config import ReBNNConfig
 from ..kernels import cpu
 from ..patching import prepare_for_loading, saved_config
