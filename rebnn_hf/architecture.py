@@ -159,6 +159,18 @@ def base_relative(model: PreTrainedModel, name: str) -> str | None:
     return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
+def head_modules(model: PreTrainedModel) -> set[str]:
+    """Names of what makes up the task head: all outside the base model, and the classifier inside one of timm."""
+    classifier = getattr(model.base_model, "get_classifier", tuple)()
+    parts = classifier if isinstance(classifier, tuple) else (classifier,)  # of distilled ones there are two
+    inside = {module for part in parts for module in part.modules()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if name and (base_relative(model, name) is None or module in inside)
+    }
+
+
 def block_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
     return tuple(
@@ -179,24 +191,40 @@ SHORTCUTS = ("downsample", "downsampling_layer", "shortcut")
 
 
 def inner_convolutions(model: PreTrainedModel) -> Iterator[tuple[str, nn.Conv2d]]:
-    """The convolutions of an image model that are neither its stem nor on a shortcut, and without groups.
+    """The convolutions of an image model that can be 1-bit: see `float_convolutions` for all others."""
+    float_ones = float_convolutions(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in float_ones:
+            yield name, module
+
+
+def float_convolutions(model: PreTrainedModel) -> dict[str, str]:
+    """Names of the convolutions of an image model that always stay float, and why: those of the head, of the stem, on
+    shortcuts, and with groups.
 
     The stem is the first convolution, with all that is in one `nn.Sequential` with it, and whatever is named so.
     """
-    convolutions = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and base_relative(model, name) is not None
-    ]
-    if not convolutions:
-        return
-    first = convolutions[0][0]
-    parent = first.rpartition(".")[0]
-    stem = f"{parent}." if type(model.get_submodule(parent)) is nn.Sequential else first
-    for name, module in convolutions:
+    head = head_modules(model)
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    stem = _stem(model, next((name for name in convolutions if name not in head), ""))
+    reasons = {}
+    for name, module in convolutions.items():
         parts = set(name.split("."))
-        if not name.startswith(stem) and not parts & {*STEMS, *SHORTCUTS} and module.groups == 1:
-            yield name, module
+        if name in head:
+            reasons[name] = "convolution of the head"
+        elif name.startswith(stem) or parts & set(STEMS):
+            reasons[name] = "stem"
+        elif parts & set(SHORTCUTS):
+            reasons[name] = "shortcut"
+        elif module.groups > 1:
+            reasons[name] = "convolution with groups"
+    return reasons
+
+
+def _stem(model: PreTrainedModel, first: str) -> str:
+    """What the names of the stem start with, given that of the first convolution."""
+    parent = first.rpartition(".")[0]
+    return f"{parent}." if type(model.get_submodule(parent)) is nn.Sequential else first
 
 
 def blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import block_prefixes
+from .architecture import block_prefixes, float_convolutions, head_modules
 from .binarizers import PARAMETRIC, RPReLU
 from .config import ReBNNConfig
 from .flops import code_bits, linear_bits
@@ -248,7 +248,10 @@ class _Place:
         self.config = config if isinstance(config, ReBNNConfig) else None
         base = getattr(model, "base_model", model)
         self.base = "" if base is model else f"{model.base_model_prefix}."
-        self.blocks = block_prefixes(model) if isinstance(model, PreTrainedModel) else ()
+        known = isinstance(model, PreTrainedModel)
+        self.blocks = block_prefixes(model) if known else ()
+        self.head = head_modules(model) if known else set()
+        self.float_convolutions = float_convolutions(model) if known else {}
         try:
             self.words = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not a transformers model, or one without tokens
@@ -262,7 +265,7 @@ class _Place:
             return "word embeddings"
         if "norm" in type(module).__name__.lower():
             return "norm"
-        if not name.startswith(self.base):
+        if not name.startswith(self.base) or name in self.head:
             return "head"
         if isinstance(module, nn.Embedding):
             return "embedding"
@@ -319,8 +322,10 @@ def _reason(name: str, module: nn.Module, place: _Place) -> str:
     }
     if where in ("embedding", "norm"):
         return where
+    if isinstance(module, nn.Conv2d):
+        return place.float_convolutions.get(name, "listed in modules_to_not_convert")
     if not isinstance(module, nn.Linear | nn.Embedding):
-        return "not a linear layer"
+        return "neither a linear layer nor a convolution"
     if where in switches:
         switch, on = switches[where]
         return "listed in modules_to_not_convert" if on else f"{where} ({switch}=False)"

@@ -180,6 +180,21 @@ def test_summary_counts_bits_of_convolutions():
     assert isinstance(model.get_submodule(row.name), PackedConv2d)
 
 
+def test_notes_say_why_a_convolution_is_float():
+    listed = "resnet.encoder.stages.1.layers.1.layer.0.convolution"
+    model = binarize(build("resnet"), ReBNNConfig(modules_to_not_convert=[listed]))
+    notes = {row.name: row.note for row in summary(model).rows}
+    assert notes["resnet.embedder.embedder.convolution"] == "float: stem"
+    assert notes["resnet.encoder.stages.1.layers.0.shortcut.convolution"] == "float: shortcut"
+    assert notes[listed] == "float: listed in modules_to_not_convert"
+    assert notes["classifier.1"] == "float: head (head=False)"
+    notes = {row.name: row.note for row in summary(pack(binarize(build("convnext")))).rows}
+    assert notes["convnext.embeddings.patch_embeddings"] == "float: stem"
+    assert notes["convnext.encoder.stages.1.downsampling_layer.1"] == "float: shortcut"
+    assert notes["convnext.encoder.stages.1.layers.0.dwconv"] == "float: convolution with groups"
+    assert notes["convnext.encoder.stages.1.layers.0"] == "float: neither a linear layer nor a convolution"
+
+
 @pytest.mark.parametrize("state", ["latent", "packed"])
 def test_operations_of_resnet18_are_those_of_the_literature(state):
     """At 224 x 224. Stem: 112^2 * 64 * 147. Blocks, 3x3 at 56, 28, 14 and 7: 4 * 56^2 * 64 * 576, then three times the
