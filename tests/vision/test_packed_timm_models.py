@@ -199,6 +199,7 @@ def batch(count, size):
 
 @torch.no_grad()
 def test_onnx_gives_the_same_logits(packed, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="ONNX files need onnx: pip install 'rebnn_hf[onnx]'")
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX files are run by onnxruntime")
     pytest.importorskip("onnxscript", reason="torch writes ONNX files with onnxscript")
     expected = packed(batch(3, 32)).logits
@@ -207,20 +208,16 @@ def test_onnx_gives_the_same_logits(packed, tmp_path):
     found = torch.from_numpy(session.run(None, {"pixel_values": batch(3, 32).numpy()})[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(packed(batch(3, 32)).logits, expected), "the model stays as it is"
-    bits = {tuple(module.weight.shape) for module in packed.modules() if isinstance(module, PackedConv2d)}
-    onnx = pytest.importorskip("onnx")
-    stored = [
-        tensor
-        for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
-        if tensor.data_type == onnx.TensorProto.UINT8
-    ]
-    assert len(stored) == 16 and {tuple(tensor.dims) for tensor in stored} == bits
+    bits = [list(module.weight.shape) for module in packed.modules() if isinstance(module, PackedConv2d)]
+    tensors = onnx.load(tmp_path / "model.onnx").graph.initializer
+    stored = [list(tensor.dims) for tensor in tensors if tensor.data_type == onnx.TensorProto.UINT8]
+    assert sorted(stored) == sorted(bits) and len(bits) == 16
 
 
 @torch.no_grad()
 @pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
 def test_compiled_without_a_break_it_gives_the_same_logits(packed):
-    expected = [packed(x).logits for x in (batch(2, 32), batch(3, 48))]
+    expected = packed(batch(2, 32)).logits
     graphs = []
 
     def backend(graph, inputs):
@@ -229,9 +226,8 @@ def test_compiled_without_a_break_it_gives_the_same_logits(packed):
 
     torch.compiler.reset()
     compiled = torch.compile(copy.copy(packed), backend=backend, fullgraph=True)
-    for x, logits in zip((batch(2, 32), batch(3, 48)), expected, strict=True):
-        torch.testing.assert_close(compiled(x).logits, logits, rtol=1e-4, atol=1e-4)
-    assert graphs[0].count("ops.rebnn.conv2d") == 16
+    torch.testing.assert_close(compiled(batch(2, 32)).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1 and graphs[0].count("ops.rebnn.conv2d") == 16
 
 
 @torch.no_grad()
