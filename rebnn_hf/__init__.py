@@ -1,7 +1,7 @@
 """1-bit Hugging Face encoders: resilient binarization (ReBNN), packed checkpoints, plain `from_pretrained`.
 
-Importing the package registers its checkpoint format with transformers, and lets PEFT know of its layers, if and when
-PEFT is imported.
+Importing the package registers its checkpoint format with transformers, and lets PEFT know of its layers and timm of
+its image models, if and when these are imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from .integrations import transformers as _registers_the_quantizer  # noqa: F401
 from .integrations.after_import import after_import
 
 after_import("peft", "rebnn_hf.integrations.peft")
+after_import("timm", "rebnn_hf.vision", oldest="1.0.20")
 
 __version__ = "0.1.0"
 

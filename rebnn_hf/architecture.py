@@ -214,11 +214,6 @@ def is_named(name: str, names: tuple[str, ...]) -> bool:
     return not set(names).isdisjoint(name.split("."))
 
 
-def in_head(model: nn.Module, name: str) -> bool:
-    """Whether a layer outside the blocks belongs to the head; in a plain module all of them do."""
-    return not isinstance(model, PreTrainedModel) or base_relative(model, name) is None or is_named(name, HEADS)
-
-
 def block_prefixes(model: nn.Module) -> tuple[str, ...]:
     """Names of the lists of equal blocks in the base model: the encoder, whatever the architecture calls it."""
     return tuple(
@@ -232,6 +227,26 @@ def block_prefixes(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def head_modules(model: nn.Module) -> set[str]:
+    """Names of what makes up the task head.
+
+    That is all outside the base model; what timm calls the classifier; outside the blocks, what is named like a head
+    and, in a plain module, every linear layer.
+    """
+    plain, prefixes = not isinstance(model, PreTrainedModel), block_prefixes(model)
+    classifier = getattr(model if plain else model.base_model, "get_classifier", tuple)()
+    parts = classifier if isinstance(classifier, tuple) else (classifier,)  # of distilled ones there are two
+    classifying = {module for part in parts for module in part.modules()}
+
+    def belongs(name: str, module: nn.Module) -> bool:
+        if base_relative(model, name) is None or module in classifying:
+            return True
+        behind = is_named(name, HEADS) or (plain and isinstance(module, nn.Linear))
+        return behind and not name.startswith(prefixes)
+
+    return {name for name, module in model.named_modules() if name and belongs(name, module)}
+
+
 def inner_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     """The convolutions of an image model that `kept_convolutions` does not keep float."""
     kept = kept_convolutions(model)
@@ -243,17 +258,17 @@ def inner_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
 def kept_convolutions(model: nn.Module) -> dict[str, str]:
     """Full names of the convolutions that stay float by what they are, and what that is.
 
-    `head`: outside the base model, or named so. `stem`: the first convolution; those beside it in one `nn.Sequential`,
+    `head`: see `head_modules`. `stem`: the first convolution; those beside it in one `nn.Sequential`,
     up to its first child with children, unless the network has no others; and what is named so. `shortcut`: what is
     named so, and what sees each pixel once at most while it makes the image smaller, such as 1x1 with stride 2.
     `groups`: with groups, such as depthwise ones.
     """
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    inside = [name for name in every if base_relative(model, name) is not None]
-    stem = _stem(model, inside)
+    head = head_modules(model)
+    stem = _stem(model, [name for name in every if name not in head])
     kept = {}
     for name, module in every.items():
-        if name not in inside or is_named(name, HEADS):
+        if name in head:
             kept[name] = "head"
         elif name in stem or is_named(name, STEMS):
             kept[name] = "stem"

@@ -46,7 +46,8 @@ def model_card(
         repo_id: under which it will be loaded, `user/model`.
         title: heading; default: the last part of `repo_id`.
         about: first paragraph, in Markdown; default: one that says what rebnn_hf did.
-        usage: Python code that loads and uses the model, without `import rebnn_hf`; default: its Auto class.
+        usage: Python code that loads and uses the model, without `import rebnn_hf`; default: its Auto class, behind the
+            import of the module that defines the architecture if that is one of this package.
         eval_results: scores, for readers and for the Hub's `model-index`.
         measured: Markdown in place of the table of `eval_results`.
         command: what measured the scores, as one types it; required with them.
@@ -76,7 +77,7 @@ def model_card(
         )
     title = title or repo_id.rpartition("/")[2]
     fields = {
-        "library_name": "transformers",
+        "library_name": "rebnn_hf" if _is_own(model) else "transformers",
         "pipeline_tag": _pipeline_tag(model),
         "metrics": list(dict.fromkeys(result.metric_type for result in eval_results)) or None,
         "model_name": title if eval_results else None,
@@ -123,7 +124,13 @@ def bits_section(model: PreTrainedModel) -> str:
 def _usage(model: PreTrainedModel, repo_id: str) -> str:
     """Code that loads the model."""
     name = next(iter(auto_classes(type(model), model.config)), type(model).__name__)
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")'
+    architecture = f"import {type(model).__module__}  # the architecture\n" if _is_own(model) else ""
+    return f'{architecture}from transformers import {name}\n\nmodel = {name}.from_pretrained("{repo_id}")'
+
+
+def _is_own(model: PreTrainedModel) -> bool:
+    """Whether the architecture is one of this package: transformers alone, and its pipelines, do not know it."""
+    return type(model).__module__.startswith(f"{__package__}.")
 
 
 def _pipeline_tag(model: PreTrainedModel) -> str | None:

@@ -47,7 +47,8 @@ class ReBNNConfig(QuantizationConfigMixin):
             bool(0) = 0, half-way to even), which can be trained but not packed.
         word_embeddings: binarize the word embeddings (one scale per token).
         pooler: binarize the pooler.
-        head: binarize the linear layers of the task head; of a plain module those outside its blocks.
+        head: binarize the linear layers of the task head; of timm's models what they call their classifier, of a plain
+            module those outside its blocks.
         untie_embeddings: allow binarizing word embeddings that a masked-LM decoder shares: the decoder then gets a
             float copy of its own. Without it such a model is refused.
         modules_to_not_convert: modules to leave float, with all they contain: names, whole parts of names

@@ -6,7 +6,8 @@ Logits: `soft_cross_entropy`, `kl_divergence`, of labels that do not exclude eac
 `relation_loss`.
 
 Every loss treats the teacher as a constant, computes in float32 when the inputs are float16 or bfloat16
-(float64 stays float64) and leaves padding out where it takes a mask.
+(float64 stays float64) and leaves padding out where it takes a mask. To the losses on hidden states, a feature map
+[B, D, H, W] of an image model is [B, HW, D]: its positions are the tokens.
 
 Papers: BiBERT (Qin et al., 2022, arXiv:2203.06390) for direction matching, BiT (Liu et al., 2022,
 arXiv:2205.13016) for hidden-state MSE, ReActNet (Liu et al., 2020, arXiv:2003.03488) for the distributional
@@ -315,7 +316,8 @@ def uniform_layer_map(student_layers: int, teacher_layers: int) -> list[int]:
         raise ValueError(
             f"Got {student_layers} student and {teacher_layers} teacher layers (embeddings not counted), "
             "expected at least one and a teacher depth that is a multiple of the student's; choose another "
-            "teacher, or pair the layers yourself and call the loss of one pair."
+            "teacher, leave the hidden states out (hidden_weight=0), or pair the layers yourself and call the loss "
+            "of one pair."
         )
     step = teacher_layers // student_layers
     return [layer * step for layer in range(student_layers + 1)]
@@ -331,8 +333,8 @@ def hidden_loss(
     Args:
         kind: ℓ: "relative_mse" (`hidden_relative_mse`), "mse" (`hidden_mse`, BiT) or "direction"
             (`direction_loss`, BiBERT).
-        students: L_student + 1 tensors [B, S, D], the embedding output first.
-        teachers: L_teacher + 1 tensors [B, S, D], the embedding output first.
+        students: L_student + 1 tensors [B, S, D] or [B, D, H, W], the embedding output first.
+        teachers: L_teacher + 1 tensors [B, S, D] or [B, D, H, W], the embedding output first.
         mask: [B, S], 1 (or True) for a token and 0 for padding; None when there is no padding.
 
     Returns:
@@ -411,12 +413,21 @@ def _tokens(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tens
 
 
 def _hidden_states(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if student.ndim == teacher.ndim == 4:
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"Got student feature maps {list(student.shape)} and teacher feature maps {list(teacher.shape)}, "
+                "expected one shape: the hidden-state losses compare features position by position; choose a teacher "
+                "with the student's levels, or leave the hidden states out (hidden_weight=0)."
+            )
+        student, teacher = student.flatten(2).mT, teacher.flatten(2).mT
     student, teacher = _tokens(student, teacher, mask)
     if student.shape != teacher.shape:
         raise ValueError(
             f"Got a student of width {student.shape[-1]} and a teacher of width {teacher.shape[-1]}, "
             "expected equal widths: the hidden-state losses (mse, relative_mse, direction) compare features; "
-            "use relation_loss, which compares tokens at any width, or a teacher of equal width."
+            "use relation_loss, which compares tokens at any width, a teacher of equal width, or no hidden states "
+            "(hidden_weight=0)."
         )
     return student, teacher
 

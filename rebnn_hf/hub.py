@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from .auto_classes import auto_classes
+from .auto_classes import OWN_MODEL_TYPES, auto_classes
 from .functional import shown
 
 MODULE = "modeling_rebnn"
@@ -43,8 +43,9 @@ def allow_loading_without_import(folder: str | Path) -> None:
         folder: written by `save_pretrained`.
 
     Raises:
-        ValueError: not the folder of a 1-bit model; one that brings code of its own; a timm architecture, whose config
-            is not readable without `import rebnn_hf.vision`; a class that no Auto class loads. The folder is as it was.
+        ValueError: not the folder of a 1-bit model; one that brings code of its own; a timm architecture or a detector
+            of this package, whose config is not readable without the import; a class that no Auto class loads. The
+            folder is as it was.
 
     Example:
         >>> rebnn_hf.pack(model).save_pretrained("packed")
@@ -106,10 +107,11 @@ def _saved_config(folder: Path) -> dict:
         raise ValueError(
             f"{folder} is not the folder of a 1-bit model; save one with model.save_pretrained({str(folder)!r}) first."
         )
-    if saved["model_type"] == "timm_wrapper":
+    needed = ({"timm_wrapper": "rebnn_hf"} | OWN_MODEL_TYPES).get(saved["model_type"])
+    if needed is not None:
         raise ValueError(
-            f"{folder} holds a timm architecture, whose config is read before any code beside it; its users have to "
-            "`import rebnn_hf.vision`."
+            f"{folder} holds a model of type {saved['model_type']}, whose config is read before any code beside it; "
+            f"its users have to `import {needed}`."
         )
     if saved.get("auto_map") and not _is_ours(saved["auto_map"]):
         raise ValueError(f"{folder} brings code of its own ({saved['auto_map']}); import rebnn_hf in that.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from .binarizers import TokenInt8
-from .layers import PackedLinear
+from .layers import PackedConv2d, PackedLinear
 from .patching import saved_config
 
 
@@ -23,7 +23,8 @@ def use_int8_inputs(model: PreTrainedModel, enabled: bool = True) -> PreTrainedM
         The same model.
 
     Raises:
-        ValueError: not packed, or its inputs have few bits by training.
+        ValueError: not packed, its inputs have few bits by training, or it has 1-bit convolutions (a convolution sums
+            over positions, which then have scales of their own) or no 1-bit linear layer. The model is as it was.
 
     Example:
         >>> model = AutoModelForSequenceClassification.from_pretrained("folder/packed")
@@ -37,8 +38,15 @@ def use_int8_inputs(model: PreTrainedModel, enabled: bool = True) -> PreTrainedM
             f"the inputs of this model have few bits already (activation={config.activation!r}), which it was trained "
             "for; use_int8_inputs() is for models with activation='none'."
         )
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.input_binarizer = TokenInt8() if enabled else None
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    convolution = next((name for name, module in model.named_modules() if isinstance(module, PackedConv2d)), None)
+    if convolution is not None or not linears:
+        found = "no 1-bit linear layer" if convolution is None else f"1-bit convolutions (first: {convolution})"
+        raise ValueError(
+            f"use_int8_inputs() is for models whose 1-bit layers are linear, and {type(model).__name__} has {found}; "
+            "for a CNN with fast inputs binarize the float model with activation='elastic' (1 to 8 bits) and train it."
+        )
+    for module in linears:
+        module.input_binarizer = TokenInt8() if enabled else None
     config.activation, config.activation_bits = ("token", 8) if enabled else ("none", 32)
     return model

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import transformers
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from .auto_classes import class_of, saved_model_config
 
 REMEDIES = {
     "packed": "`rebnn pack` makes one of a trained latent one",
@@ -37,26 +38,6 @@ def load(name: str, *states: str) -> PreTrainedModel:
             f"{name!r} is not a {' or '.join(states)} model: its config has {found}; {REMEDIES[states[0]]}."
         )
     return class_of(config).from_pretrained(name).eval()
-
-
-def saved_model_config(name: str) -> PretrainedConfig:
-    """The config of a model in a folder or on the Hub.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{name!r} is no model: neither a folder with a config.json that transformers knows, nor a name on the Hub "
-            "that can be reached from here."
-        ) from None
-
-
-def class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a model was saved as."""
-    return getattr(transformers, (config.architectures or ["AutoModel"])[0], AutoModel)
 
 
 def check_twins(model: PreTrainedModel, other: PreTrainedModel) -> None:

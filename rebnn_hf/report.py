@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import block_prefixes, in_head, is_base, kept_convolutions
+from .architecture import block_prefixes, head_modules, is_base, kept_convolutions
 from .binarizers import PARAMETRIC, RPReLU
 from .config import config_of
 from .flops import code_bits, linear_bits
@@ -45,10 +45,10 @@ WORDS = (0, 1, 7)
 
 
 CONVOLUTIONS = {
-    "head": "outside the encoder",
+    "head": "convolution of the head",
     "stem": "stem",
     "shortcut": "shortcut or downsampling",
-    "groups": "groups, such as depthwise",
+    "groups": "convolution with groups",
 }
 """What a summary calls convolutions that stay float."""
 
@@ -253,11 +253,12 @@ class _Place:
     """Where in a model a module is, by the same rules that `binarize` chooses by."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.config = model, config_of(model)
-        self.known = isinstance(model, PreTrainedModel) or self.config is not None
+        self.config = config_of(model)
+        known = isinstance(model, PreTrainedModel) or self.config is not None
         self.base = "" if is_base(model) else f"{model.base_model_prefix}."
-        self.blocks = block_prefixes(model) if self.known else ()
-        self.kept = kept_convolutions(model) if self.known else {}
+        self.blocks = block_prefixes(model) if known else ()
+        self.head = head_modules(model) if known else set()
+        self.kept = kept_convolutions(model) if known else {}
         try:
             self.words = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not a transformers model, or one without tokens
@@ -271,16 +272,13 @@ class _Place:
             return "word embeddings"
         if "norm" in type(module).__name__.lower():
             return "norm"
-        if not name.startswith(self.base):
+        if not name.startswith(self.base) or name in self.head:
             return "head"
         if isinstance(module, nn.Embedding):
             return "embedding"
         if "pooler" in name.split("."):
             return "pooler"
-        if name.startswith(self.blocks):
-            return "block"
-        head = self.known and isinstance(module, nn.Linear) and in_head(self.model, name)
-        return "head" if head else "outside"
+        return "block" if name.startswith(self.blocks) else "outside"
 
     def part(self, name: str, module: nn.Module, key: str) -> str:
         """The part of `packed_size` that a tensor belongs to."""
@@ -334,7 +332,7 @@ def _reason(name: str, module: nn.Module, place: _Place) -> str:
     if isinstance(module, nn.Conv2d):
         return CONVOLUTIONS.get(place.kept.get(name), "listed in modules_to_not_convert")
     if not isinstance(module, nn.Linear | nn.Embedding):
-        return "not a linear layer"
+        return "neither a linear layer nor a convolution"
     if where in switches:
         switch, on = switches[where]
         return "listed in modules_to_not_convert" if on else f"{where} ({switch}=False)"

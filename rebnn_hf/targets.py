@@ -16,7 +16,7 @@ from .architecture import (
     base_relative,
     block_prefixes,
     blocks,
-    in_head,
+    head_modules,
     inner_convolutions,
     is_base,
     layout_of,
@@ -89,7 +89,7 @@ def built_in_config(layers: dict[str, nn.Module]) -> ReBNNConfig:
 
 def _candidates(model: nn.Module, config: ReBNNConfig) -> Iterator[tuple[str, nn.Module]]:
     """Modules that the switches of the config choose, before names are looked at."""
-    prefixes = block_prefixes(model)
+    prefixes, head = block_prefixes(model), head_modules(model)
     if config.word_embeddings:
         yield _word_embeddings(model)
     for name, module in model.named_modules():
@@ -97,10 +97,10 @@ def _candidates(model: nn.Module, config: ReBNNConfig) -> Iterator[tuple[str, nn
             continue
         if "pooler" in name.split("."):
             chosen = config.pooler
-        elif name.startswith(prefixes):
-            chosen = True
+        elif name in head:
+            chosen = config.head
         else:
-            chosen = config.head and in_head(model, name)
+            chosen = name.startswith(prefixes)
         if chosen:
             yield name, module
     yield from inner_convolutions(model)
@@ -250,9 +250,9 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
 
 def record(model, config: ReBNNConfig, targets: dict[str, nn.Module]) -> None:
     """Write into the config what is converted and what is not."""
-    relative = {name: base_relative(model, name) for name in targets}
-    config.converted = [short for short in relative.values() if short is not None]
-    config.converted_head = [name for name, short in relative.items() if short is None]
+    head = head_modules(model)
+    config.converted = [base_relative(model, name) for name in targets if name not in head]
+    config.converted_head = [name for name in targets if name in head]
     config.converted_attention, config.converted_ffn = _blocks_to_change(model, config)
     config.not_converted = [
         name
@@ -292,7 +292,7 @@ def names_to_load(model: nn.Module, config: ReBNNConfig) -> list[str]:
     modules = dict(model.named_modules())
     names = [full_name(model, name) for name in config.converted]
     names = [name for name in names if "pooler" not in name.split(".") or name in modules]
-    names += [name for name in config.converted_head if name in modules]
+    names += [name for name in config.converted_head if not isinstance(modules.get(name), NoneType | nn.Identity)]
     if not names:
         raise ValueError("the rebnn config names no converted module; the checkpoint's config.json was damaged.")
     for name in names:

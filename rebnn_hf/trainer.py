@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -74,7 +74,13 @@ class ReBNNTrainingArguments(TrainingArguments):
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of kl and soft_cross_entropy."})
-    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the hidden states."})
+    hidden_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the loss on the hidden states; of image models these are feature maps, whose shapes in "
+            "student and teacher must be equal."
+        },
+    )
     hidden_loss: str = field(
         default="relative_mse", metadata={"help": "Loss on the hidden states of each layer.", "choices": HIDDEN_LOSSES}
     )
@@ -260,7 +266,9 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
         """Log the flip ratios of the epoch that ends here (see `epochs`)."""
         layers = {} if self.epoch_flips is None else self.epoch_flips.end_epoch()
         if layers:
+            due = self.control.should_log  # by the step, of which transformers takes this log to be the one
             self.log(overall(layers) | self._by_layer(layers))
+            self.control.should_log = due
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -352,9 +360,8 @@ class ReBNNTrainer(WholeCheckpoints, Trainer):
             parts["logits"] = sum(self._logits_loss(*pair, mask, span, problem) for pair in pairs)
         tokens = None if mask is None else mask.flatten(0, -2)  # each choice of multiple choice is a sequence inside
         if "hidden" in weights:
-            parts["hidden"] = distillation.hidden_loss(
-                self.args.hidden_loss, outputs.hidden_states, target.hidden_states, tokens
-            )
+            states = _hidden_states(outputs), _hidden_states(target)
+            parts["hidden"] = distillation.hidden_loss(self.args.hidden_loss, *states, tokens)
         if "relations" in weights:
             parts["relations"] = relations_loss(mine, theirs, tokens)
         if "attention" in weights:
@@ -531,6 +538,12 @@ def _refuse_unexplained_labels(inputs, names: list[str]) -> None:
                 "the configs of teacher and student to 'multi_label_classification', to 'regression', or, where they "
                 "are shares of classes that exclude each other, to 'single_label_classification'."
             )
+
+
+def _hidden_states(outputs) -> Sequence[Tensor]:
+    if outputs.get("hidden_states") is None:
+        raise ValueError(f"hidden_weight > 0, but the model returns only {', '.join(outputs)}; set hidden_weight=0.")
+    return outputs["hidden_states"]
 
 
 def _latent_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

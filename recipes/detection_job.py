@@ -36,6 +36,7 @@ class DetectionJob(Job):
     script = "recipes/detection.py"
     auto_model = AutoModelForObjectDetection
     pipeline_tag = "object-detection"
+    library_name = "rebnn_hf"  # no pipeline of transformers knows the architecture
     libraries = (timm, torchvision)
     usage = """\
 import rebnn_hf.vision.detection  # the architecture

@@ -129,7 +129,7 @@ def card_metadata(job: DetectionJob, results: dict[str, Any]) -> ModelCardData:
     ]
     return ModelCardData(
         eval_results=scores,
-        library_name="transformers",
+        library_name=job.library_name,
         metrics=list(job.task.metrics),
         model_name=job.model_name,
         pipeline_tag=job.pipeline_tag,

@@ -79,6 +79,9 @@ class ImageStudentArguments:
     latent_learning_rate: float | None = option("of the latent weights; default: the learning rate")
     scale_learning_rate: float | None = option("of the scales; default: the learning rate")
     epochs: float | None = option("of the second stage; default: the data set's, 256 in the paper")
+    ema: float | None = option(
+        "average the latent weights of the second stage with this decay, 0.999 say, and pack the average; default: none"
+    )
     max_steps: int = option("this many steps of each stage instead of epochs; -1 counts epochs", default=-1)
     warm_up: float = option("share of the steps before the learning rate falls linearly to 0; default: 0", default=0.0)
 
@@ -88,6 +91,8 @@ class ImageStudentArguments:
             raise ValueError(f"--stage_one_weight_decay {self.stage_one_weight_decay} must not be negative")
         if not 0 <= self.warm_up < 1:
             raise ValueError(f"--warm_up {self.warm_up} is a share of the steps: at least 0 and less than 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema {self.ema} is a decay: more than 0 and less than 1")
 
     def stage_one(self) -> dict[str, Any]:
         """The options of the model and its first stage."""
@@ -96,7 +101,7 @@ class ImageStudentArguments:
 
     def stage_two(self) -> dict[str, Any]:
         """The options of the second stage."""
-        names = ("learning_rate", "latent_learning_rate", "scale_learning_rate", "epochs", "max_steps")
+        names = ("learning_rate", "latent_learning_rate", "scale_learning_rate", "epochs", "ema", "max_steps")
         return {name: getattr(self, name) for name in names}
 
 

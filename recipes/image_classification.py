@@ -11,6 +11,9 @@ the same command continues where it stopped; stages that are complete are not re
 
 The defaults for images other than the digits are those of the paper, but for the noise along the principal components
 of colour (AlexNet's, of strength 0.1) that the released code adds to training images: timm has no such transform.
+With --ema the last stage leaves, and packs, a moving average of its latent weights, scales and BatchNorm statistics.
+Bits are the signs of averaged weights, not averages of bits: a combination of signs that no step had, under statistics
+that were measured with others. So compare the score with that of a run without it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from glue import check_head, check_labels, pack_student, report, save, train_log
 from glue_job import prepare
 from image_arguments import parse_image_arguments
 from image_job import ImageJob
-from image_training import StageOneTrainer, StageTwoTrainer, TeacherTrainer
+from image_training import StageOneTrainer, StageTwoTrainer, TeacherTrainer, load_average
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import rebnn_hf
@@ -140,10 +143,9 @@ def distil_stage_two(job: ImageJob) -> dict[str, Any]:
     set_seed(job.arguments.run.seed)
     student = binary_student(job)
     load_stage_one(student.timm_model, job.load(job.run.folder("stage-1")).timm_model.state_dict())
-    trainer = StageTwoTrainer(
-        model=student, teacher=job.load(job.teacher_folder), args=arguments, **job.trainer_inputs()
-    )
-    return trained(job, trainer, "latent")
+    teacher = job.load(job.teacher_folder)
+    trainer = StageTwoTrainer(model=student, teacher=teacher, args=arguments, ema=options.ema, **job.trainer_inputs())
+    return trained(job, trainer, "latent", averaged=options.ema is not None)
 
 
 def binary_student(job: ImageJob) -> PreTrainedModel:
@@ -175,10 +177,13 @@ def image_arguments(kind: type[TrainingArguments], job: ImageJob, stage: str, **
     )
 
 
-def trained(job: ImageJob, trainer: Trainer, stage: str) -> dict[str, Any]:
-    """Trains, leaves the model in the stage's folder, and returns what the stage records of it."""
+def trained(job: ImageJob, trainer: Trainer, stage: str, averaged: bool = False) -> dict[str, Any]:
+    """Trains, leaves the model, or its average, in the stage's folder, and returns what the stage records of it."""
     training = train_logged(job, trainer, stage)
-    save(job, job.load(training.checkpoint), stage)
+    model = job.load(training.checkpoint)
+    if averaged:
+        load_average(model, training.checkpoint)
+    save(job, model, stage)
     return trained_record([training])
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from glue_training import OwnSampler
+from safetensors.torch import load_file, save_model
+from timm.utils import ModelEmaV3
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from rebnn_hf import ReBNNTrainer
 from rebnn_hf.checkpoints import WholeCheckpoints
@@ -90,5 +93,55 @@ class StageOneTrainer(Shuffled, WholeCheckpoints, Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class StageTwoTrainer(Shuffled, ReBNNTrainer):
+AVERAGE_FILE = "average.safetensors"
+"""Of a checkpoint: the averaged model, beside the one that goes on training."""
+
+
+class Averaged:
+    """Gives a Trainer an exponential moving average of its model (timm's), which checkpoints hold and continue.
+
+    After each step, `average = decay * average + (1 - decay) * model` over parameters and buffers. The decay rises with
+    the number of steps to that which is asked for, so that short trainings do not average their start. Of a latent
+    model, weights, scales and statistics of BatchNorm are averaged, not networks: a bit of the average is the sign of
+    an averaged weight, so one that swings around 0 gets the side on which it was longer and farther.
+
+    Args:
+        ema: The decay; None for no average.
+        **kwargs: As for the Trainer.
+    """
+
+    def __init__(self, *args: Any, ema: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.average = None if ema is None else ModelEmaV3(self.model, decay=ema, use_warmup=True)
+        if self.average is not None:
+            self.add_callback(UpdateAverage(self))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            load_average(self.average.module, Path(checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            save_model(self.average.module, str(Path(output_dir) / AVERAGE_FILE))
+
+
+class UpdateAverage(TrainerCallback):
+    """Brings the average of a Trainer up to date after each step."""
+
+    def __init__(self, trainer: Averaged):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Takes the weights of the step in."""
+        self.trainer.average.update(self.trainer.model, step=state.global_step)
+
+
+def load_average(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Gives a model the averaged weights of a checkpoint."""
+    model.load_state_dict(load_file(checkpoint / AVERAGE_FILE))
+
+
+class StageTwoTrainer(Averaged, Shuffled, ReBNNTrainer):
     """Distils the student with 1-bit weights and activations."""

@@ -4,6 +4,8 @@ Single layers and operators are tested in test_kernels, test_fusion and test_con
 """
 
 import copy
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,20 @@ def test_compiled_without_a_break_it_gives_the_same_logits_for_every_size(case):
         if inputs is batches[0]:
             del graphs[:-1]  # the first call may start over, once it knows which numbers of the modules are fixed
     assert len(graphs) == 1 and f"ops.{operator}" in graphs[0] and "ops.rebnn.embedding" in graphs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+@torch.no_grad()
+def test_inductor_compiles_the_whole_model():
+    """What `torch.compile(model, fullgraph=True)` is to its users."""
+    torch.manual_seed(0)
+    model = rebnn_hf.pack(rebnn_hf.binarize(hf.BertForSequenceClassification(hf.BertConfig(**SIZES)).eval()))
+    inputs = batch(model, 3, 11)
+    expected = model(**inputs).logits
+    torch.compiler.reset()
+    compiled = torch.compile(copy.copy(model), fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, expected, **TOLERANCE)
 
 
 @torch.no_grad()

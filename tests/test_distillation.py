@@ -55,6 +55,26 @@ def numerical_gradient(loss, student, *args, step=1e-6):
     return gradient
 
 
+# Feature maps
+
+
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_positions_of_feature_maps_are_tokens(loss):
+    student, teacher = states(1, B, D, 2, 3), states(2, B, D, 2, 3)
+    tokens = [torch.stack([m[:, :, y, x] for y in range(2) for x in range(3)], 1) for m in (student, teacher)]
+    assert_equal(loss(student, teacher), loss(*tokens))
+    student.requires_grad_(True)
+    (found,) = torch.autograd.grad(loss(student, teacher), student)
+    assert_equal(found, numerical_gradient(loss, student.detach(), teacher), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(B, D, 3, 2), (B, D + 1, 2, 3), (B, D, 4, 6)])
+@pytest.mark.parametrize("loss", HIDDEN_LOSSES)
+def test_feature_maps_of_other_shapes_are_refused(loss, shape):
+    with pytest.raises(ValueError, match=r"feature maps \[3, 8, 2, 3\].*hidden_weight=0"):
+        loss(states(1, B, D, 2, 3), states(2, *shape))
+
+
 # Logits
 
 

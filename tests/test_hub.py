@@ -373,7 +373,8 @@ def test_a_folder_from_before_the_notice_loads(tmp_path):
     [
         ({"quantization_config": None}, "is not the folder of a 1-bit model; save one with"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is not the folder of a 1-bit model; save one with"),
-        ({"model_type": "timm_wrapper"}, "timm architecture.*`import rebnn_hf.vision`"),
+        ({"model_type": "timm_wrapper"}, "type timm_wrapper, .*have to `import rebnn_hf`"),
+        ({"model_type": "rebnn_faster_rcnn"}, "have to `import rebnn_hf.vision.detection`"),
         ({"auto_map": {"AutoModel": "mine.Model"}}, "code of its own .*mine.Model.*import rebnn_hf in that"),
         ({"architectures": ["MyBert"]}, "no Auto class of transformers loads MyBert"),
         ({"architectures": None}, "no Auto class of transformers loads None"),

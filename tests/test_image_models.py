@@ -1,12 +1,24 @@
 """Convolutional networks of transformers in one bit: which convolutions, training, packing, loading."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
 import rebnn_hf
-from rebnn_hf import ReBNNConfig, binarize, calibrate, operations, pack, summary, unpack
+from rebnn_hf import (
+    ReBNNConfig,
+    ReBNNTrainer,
+    ReBNNTrainingArguments,
+    binarize,
+    calibrate,
+    operations,
+    pack,
+    summary,
+    unpack,
+)
 from rebnn_hf.convolutions import BinaryConv2d, PackedConv2d
 from rebnn_hf.kernels import use_backend
 
@@ -123,6 +135,42 @@ def test_the_balance_rule_reaches_convolutions():
     assert statistics["resnet.encoder.stages.1.layers.0.layer.0.convolution"]["weights"] == 12 * 20 * 9
 
 
+def distilled(student, teacher, folder, **options):
+    """The log of two steps with the Trainer's defaults, each on all of eight images."""
+    generator = torch.Generator().manual_seed(2)
+    data = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": i % 4} for i in range(8)]
+    options = dict(max_steps=2, per_device_train_batch_size=8, logging_steps=1, learning_rate=1e-2) | options
+    arguments = ReBNNTrainingArguments(
+        output_dir=str(folder), report_to="none", use_cpu=True, plot_oscillation=False, save_strategy="no", **options
+    )
+    trainer = ReBNNTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data)
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log], torch.stack([item["pixel_values"] for item in data])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_trainer_compares_feature_maps_position_by_position(name, tmp_path):
+    teacher, student = build(name), binarize(build(name))
+    untrained = copy.deepcopy(student).train()
+    log, pixels = distilled(student, teacher, tmp_path)
+    with torch.no_grad():
+        mine, theirs = (model(pixels, output_hidden_states=True).hidden_states for model in (untrained, teacher))
+    assert len(mine) == 3 and all(level.ndim == 4 for level in mine)
+    expected = sum((s - t).square().sum() / t.square().sum() for s, t in zip(mine, theirs, strict=True))
+    assert log[0]["loss_hidden"] == pytest.approx(expected.item(), rel=1e-4) and expected > 1e-4
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_hidden"] + log[0]["loss_logits"], rel=1e-4)
+
+
+def test_feature_maps_of_other_shapes_are_refused_with_what_to_do(tmp_path):
+    sizes = dict(num_labels=4, embedding_size=12, hidden_sizes=[12, 24], depths=[1, 2], layer_type="basic")
+    teacher = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    student = binarize(build("resnet"))
+    with pytest.raises(ValueError, match=r"student feature maps \[8, 20, 4, 4\] .* \[8, 24, 4, 4\].*hidden_weight=0"):
+        distilled(student, teacher, tmp_path)
+    log, _ = distilled(student, teacher, tmp_path, hidden_weight=0.0)
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_logits"], rel=1e-4)
+
+
 def test_summary_counts_bits_of_convolutions():
     model = pack(binarize(build("resnet")))
     rows = {row.name: row for row in summary(model).rows}
@@ -130,6 +178,21 @@ def test_summary_counts_bits_of_convolutions():
     assert (row.type, row.bits, row.parameters, row.added) == ("PackedConv2d", 1, 20 * 108, 20)
     assert row.bytes_now == 20 * 14 + 20 * 4  # 108 bits are 14 bytes
     assert isinstance(model.get_submodule(row.name), PackedConv2d)
+
+
+def test_notes_say_why_a_convolution_is_float():
+    listed = "resnet.encoder.stages.1.layers.1.layer.0.convolution"
+    model = binarize(build("resnet"), ReBNNConfig(modules_to_not_convert=[listed]))
+    notes = {row.name: row.note for row in summary(model).rows}
+    assert notes["resnet.embedder.embedder.convolution"] == "float: stem"
+    assert notes["resnet.encoder.stages.1.layers.0.shortcut.convolution"] == "float: shortcut or downsampling"
+    assert notes[listed] == "float: listed in modules_to_not_convert"
+    assert notes["classifier.1"] == "float: head (head=False)"
+    notes = {row.name: row.note for row in summary(pack(binarize(build("convnext")))).rows}
+    assert notes["convnext.embeddings.patch_embeddings"] == "float: stem"
+    assert notes["convnext.encoder.stages.1.downsampling_layer.1"] == "float: shortcut or downsampling"
+    assert notes["convnext.encoder.stages.1.layers.0.dwconv"] == "float: convolution with groups"
+    assert notes["convnext.encoder.stages.1.layers.0"] == "float: neither a linear layer nor a convolution"
 
 
 @pytest.mark.parametrize("state", ["latent", "packed"])

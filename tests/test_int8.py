@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, ResNetConfig, ResNetForImageClassification
 
 from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, unpack, use_int8_inputs
 from rebnn_hf.kernels import use_backend
@@ -72,3 +72,23 @@ def test_unpack_says_how_to_get_float_inputs_back():
         unpack(model)
     assert model.config.quantization_config.activation == "token"
     torch.testing.assert_close(logits(unpack(use_int8_inputs(model, enabled=False))), expected)
+
+
+def test_convolutions_are_refused_and_stay_as_they_are(tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    model = pack(binarize(ResNetForImageClassification(ResNetConfig(**sizes)).eval()))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images).logits
+        with pytest.raises(ValueError, match=r"1-bit convolutions \(first: resnet\.encoder.*activation='elastic'"):
+            use_int8_inputs(model)
+        assert model.config.quantization_config.activation == "none" and torch.equal(model(images).logits, expected)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(ResNetForImageClassification.from_pretrained(tmp_path)(images).logits, expected)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    model = packed(word_embeddings=True, modules_to_not_convert=["encoder"])
+    with pytest.raises(ValueError, match="has no 1-bit linear layer"):
+        use_int8_inputs(model)
+    assert model.config.quantization_config.activation == "none"

@@ -621,6 +621,17 @@ def test_glue_to_a_library_that_is_there_already(library):
     assert some_library.parts == ["whole", "glue"]
 
 
+@pytest.mark.parametrize("version, glued", [("1.9", False), ("1.10.dev0", False), ("1.10", True), ("2.0", True)])
+def test_glue_that_needs_a_newer_library_waits_for_it(library, tmp_path, caplog, version, glued):
+    with (tmp_path / "some_library.py").open("a") as file:
+        file.write(f"__version__ = '{version}'\n")
+    after_import("some_library", "some_glue", oldest="1.10")
+    import some_library
+
+    assert some_library.parts == ["whole", "glue"][: 1 + glued]
+    assert (f"some_glue needs some_library 1.10, and this is {version}" in caplog.text) != glued
+
+
 def test_a_missing_library_stays_missing(library):
     after_import("no_such_library", "some_glue")
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_library'"):

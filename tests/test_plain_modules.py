@@ -136,7 +136,7 @@ def test_the_summary_says_why_convolutions_are_float():
     assert notes == {
         "conv1": "float: stem",
         "blocks.1.around": "float: shortcut or downsampling",
-        "blocks.0.depthwise": "float: groups, such as depthwise",
+        "blocks.0.depthwise": "float: convolution with groups",
         "hidden": "float: head (head=False)",
     }
     kept = binarize(build(), ReBNNConfig(modules_to_not_convert=["conv10"]))

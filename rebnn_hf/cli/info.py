@@ -20,9 +20,9 @@ import transformers
 from transformers import AutoModel, PreTrainedModel
 
 from .. import kernels
+from ..auto_classes import class_of, saved_model_config
 from ..config import ReBNNConfig
 from ..kernels import cpu
-from ..loading import class_of, saved_model_config
 from ..patching import prepare_for_loading, saved_config
 from ..report import summary
 from ..timing import cores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,24 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from packaging.version import Version
 
-def after_import(library: str, glue: str) -> None:
-    """Import the module `glue` as soon as `library` is imported, which may be now or never."""
+logger = logging.getLogger(__name__)
+
+
+def after_import(library: str, glue: str, oldest: str | None = None) -> None:
+    """Import the module `glue` as soon as `library` is imported, which may be now or never.
+
+    Args:
+        library: name of a top-level module.
+        glue: full name of the module.
+        oldest: version of the library that the glue needs; one before it stays as it is, and a warning says so. None
+            where nobody may go on without the glue.
+    """
+    watch = _Watch(library, glue, oldest)
     if library in sys.modules:
-        importlib.import_module(glue)
+        watch.load_glue(sys.modules[library])
         return
-    watch = _Watch(library, glue)
     if watch not in sys.meta_path:
         sys.meta_path.insert(0, watch)
 
@@ -30,6 +42,7 @@ class _Watch(MetaPathFinder):
 
     library: str
     glue: str
+    oldest: str | None
 
     def find_spec(self, name: str, path=None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != self.library:
@@ -44,6 +57,13 @@ class _Watch(MetaPathFinder):
     def _with_glue(self, exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def run(module: ModuleType) -> None:
             exec_module(module)
-            importlib.import_module(self.glue)
+            self.load_glue(module)
 
         return run
+
+    def load_glue(self, library: ModuleType) -> None:
+        """Import the glue if the library is new enough."""
+        if self.oldest is not None and Version(library.__version__) < Version(self.oldest):
+            logger.warning(f"{self.glue} needs {self.library} {self.oldest}, and this is {library.__version__}.")
+            return
+        importlib.import_module(self.glue)

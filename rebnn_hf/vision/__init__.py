@@ -1,7 +1,8 @@
-"""1-bit image backbones in timm's own registry: importing this package registers them.
+"""1-bit image backbones in timm's own registry: importing this package registers them, and `import rebnn_hf` has it
+imported right behind timm, whoever imports that (transformers, for one, when it loads a model of timm).
 
 import timm
-import rebnn_hf.vision
+import rebnn_hf
 
 timm.create_model("rebnn_resnet18", num_classes=10)
 """

@@ -74,8 +74,8 @@ class BinaryUnit(nn.Module):
             return None
         if _global_forward_hooks or _global_forward_pre_hooks:
             return None
-        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-            return None
+        if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+            return None  # what watches a layer, or stands in for it (an export, accelerate), must be asked
         return self.conv.engine_codes(x)
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor]:

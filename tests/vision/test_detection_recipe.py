@@ -148,7 +148,8 @@ def test_losses_are_logged_by_part_and_the_card_says_what_is_one_bit(finished):
             parts = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
             assert sum(log[part] for part in parts) == pytest.approx(log["loss"], rel=1e-3)
     card = ModelCard.load(finished.folder / "packed" / "README.md")
-    assert card.data.pipeline_tag == "object-detection" and "import rebnn_hf.vision.detection" in card.text
+    assert (card.data.library_name, card.data.pipeline_tag) == ("rebnn_hf", "object-detection")
+    assert "import rebnn_hf.vision.detection" in card.text
     assert "PackedConv2d" in card.text and "| rectangle" in card.text
     assert card.data.eval_results[0].metric_value == pytest.approx(
         finished.results["scores"]["packed"]["mAP"], abs=1e-4

@@ -32,7 +32,7 @@ from glue_stages import RunFolder, read_json
 from glue_training import CompactProgress
 from image_arguments import parse_image_arguments
 from image_data import digits, in_our_columns, load_folder, load_images, spread
-from image_training import EpochSampler, StageOneTrainer
+from image_training import EpochSampler, StageOneTrainer, UpdateAverage
 from image_transforms import TrainingImages, seeded, training_transform
 
 STAGES = ("teacher", "stage-1", "latent", "packed")
@@ -159,6 +159,40 @@ def test_stage_two_begins_with_the_weights_of_stage_one(finished, copied):
     conv = next(name for name in first if name.endswith("stages.3.2.conv.weight"))
     scale = last[conv.replace(".weight", ".weight_scale")]
     torch.testing.assert_close(scale, first[conv].abs().mean((1, 2, 3)))
+
+
+def test_the_average_of_the_last_stage_is_what_is_packed(finished, copied, monkeypatch, capsys):
+    """Interrupted in the third step, behind the checkpoint of the second; by hand: decays 0, d1, d2, d3 of timm."""
+    steps = []
+
+    def watch(self, args, state, control, **kwargs):
+        if not any(step == state.global_step for step, _ in steps):
+            model = {name: tensor.clone() for name, tensor in self.trainer.model.state_dict().items()}
+            steps.append((state.global_step, model))
+        update(self, args, state, control, **kwargs)
+
+    def stop(self, args, state, control, logs, **kwargs):
+        if state.global_step == 3 and "loss" in logs:
+            raise KeyboardInterrupt
+
+    update = UpdateAverage.on_step_end
+    monkeypatch.setattr(UpdateAverage, "on_step_end", watch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CompactProgress, "on_log", stop)
+        run(copied, *SMALL, "--ema", "0.5", "--overwrite")
+    results = run(copied, *SMALL, "--ema", "0.5")
+    assert "continuing from step 2 of 4" in capsys.readouterr().out and results["arguments"]["ema"] == 0.5
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    average = steps[0][1]
+    for step, model in steps[1:]:
+        decay = min(1 - step ** (-2 / 3), 0.5)
+        average = {n: decay * average[n] + (1 - decay) * t if t.is_floating_point() else t for n, t in model.items()}
+    latent = weights(copied / "latent")
+    for name, tensor in latent.items():
+        torch.testing.assert_close(tensor, average[name], msg=name)
+    assert not any(torch.equal(latent[name], steps[-1][1][name]) for name in latent if name.endswith("weight_scale"))
+    assert_equal(steps[-1][1], weights(finished.folder / "latent"))  # the training itself is the same
+    assert torch.equal(logits_of(copied / "packed"), logits_of(copied / "latent"))
 
 
 def test_the_balance_rule_can_be_chosen(copied):
@@ -289,6 +323,7 @@ def test_what_is_no_folder_of_images_is_refused_in_one_sentence(folder, tmp_path
         (["--stage_one_weight_decay", "-1"], "must not be negative"),
         (["--warm_up", "1"], "is a share of the steps"),
         (["--workers", "-1"], "--workers -1 must not be negative"),
+        (["--ema", "1"], "--ema 1.0 is a decay: more than 0 and less than 1"),
         (["--stem", "small"], "invalid choice"),
         (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
         (["--balance", "const"], "unrecognized"),

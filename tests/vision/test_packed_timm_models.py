@@ -1,19 +1,35 @@
 """timm models in the wrapper of transformers: built of 1-bit layers, or float ones that `binarize` changes."""
 
+import copy
+
+import equations
 import pytest
 import torch
 
 pytest.importorskip("timm", reason="timm is not installed (pip install 'rebnn_hf[vision]')")
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import (
+    AutoModel,
     AutoModelForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
 
 import rebnn_hf.vision  # noqa: F401
-from rebnn_hf import ReBNNConfig, binarize, calibrate, pack, rebinarize, summary
+from rebnn_hf import (
+    ReBNNConfig,
+    ReBNNTrainer,
+    ReBNNTrainingArguments,
+    binarize,
+    calibrate,
+    export_onnx,
+    pack,
+    rebinarize,
+    summary,
+    use_int8_inputs,
+)
 from rebnn_hf.convolutions import BinaryConv2d, PackedConv2d
-from rebnn_hf.kernels import use_backend
+from rebnn_hf.kernels import cpu, use_backend
 from rebnn_hf.layers import PackedLinear
 
 
@@ -100,6 +116,130 @@ def test_float_timm_models(name, size, layers, activation, tmp_path):
     assert sum(isinstance(module, PackedConv2d | PackedLinear) for module in loaded.modules()) == layers
     with use_backend("reference"):
         torch.testing.assert_close(logits(loaded, size), expected)
+
+
+@pytest.mark.parametrize(
+    "name, classifier", [("test_resnet", "fc"), ("test_vit", "head"), ("test_convnext", "head.fc")]
+)
+def test_the_head_of_a_timm_model_is_its_classifier(name, classifier, tmp_path):
+    model, classifier = wrapped(name), f"timm_model.{classifier}"
+    size = model.config.pretrained_cfg["input_size"][-1] if hasattr(model.config, "pretrained_cfg") else 160
+    float_head = {row.name: row.note for row in summary(binarize(copy.deepcopy(model))).rows}
+    assert float_head[classifier] == "float: head (head=False)"
+    binarize(model, ReBNNConfig(head=True))
+    assert model.config.quantization_config.converted_head == [classifier]
+    expected = logits(model, size)
+    pack(model).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert isinstance(loaded.get_submodule(classifier), PackedLinear)
+    with use_backend("reference"):
+        torch.testing.assert_close(logits(loaded, size), expected)
+    headless, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and all(key.startswith(classifier) for key in info["unexpected_keys"])
+    assert len(headless.config.quantization_config.converted) > 0
+
+
+def test_notes_say_why_a_layer_of_a_built_in_model_is_float():
+    notes = {row.name: row.note for row in summary(binarize(wrapped("rebnn_resnet18"))).rows}
+    assert notes["timm_model.stem.conv"] == "float: stem"
+    assert notes["timm_model.stages.1.0.shortcut.1"] == "float: shortcut"
+    assert notes["timm_model.head.fc"] == "float: head (head=False)"
+
+
+def test_dynamic_int8_inputs_are_not_for_convolutions():
+    model = pack(binarize(wrapped("test_resnet")))
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"1-bit convolutions \(first: timm_model"):
+        use_int8_inputs(model)
+    assert model.config.quantization_config.activation == "none" and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("student, teacher", [("rebnn_resnet18", "resnet18"), ("test_vit", "test_vit")])
+def test_the_trainers_defaults_distil_feature_maps(student, teacher, tmp_path):
+    student, teacher = binarize(wrapped(student)), wrapped(teacher)
+    size = 160 if teacher.config.architecture == "test_vit" else 32
+    pixels = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        states = [
+            copy.deepcopy(model)(pixels, output_hidden_states=True).hidden_states
+            for model in (student.train(), teacher)
+        ]
+    assert states[0][0].ndim == 4 and len(states[0]) == len(states[1])
+    expected = sum((s - t).square().sum() / t.square().sum() for s, t in zip(*states, strict=True)).item()
+    arguments = ReBNNTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        plot_oscillation=False,
+    )
+    data = [{"pixel_values": image, "labels": 0} for image in pixels]
+    trainer = ReBNNTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss_hidden"] == pytest.approx(expected, rel=1e-3)
+
+
+# Outside of eager torch
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """With statistics and slopes that show every term of a unit."""
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="rebnn_resnet18", num_labels=4, model_args={"stem": "cifar"})
+    return pack(binarize(equations.randomize(TimmWrapperForImageClassification(config))))
+
+
+def batch(count, size):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+@torch.no_grad()
+def test_onnx_gives_the_same_logits(packed, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="ONNX files need onnx: pip install 'rebnn_hf[onnx]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX files are run by onnxruntime")
+    pytest.importorskip("onnxscript", reason="torch writes ONNX files with onnxscript")
+    expected = packed(batch(3, 32)).logits
+    export_onnx(packed, tmp_path / "model.onnx", {"pixel_values": batch(2, 32)})
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"pixel_values": batch(3, 32).numpy()})[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(packed(batch(3, 32)).logits, expected), "the model stays as it is"
+    bits = [list(module.weight.shape) for module in packed.modules() if isinstance(module, PackedConv2d)]
+    tensors = onnx.load(tmp_path / "model.onnx").graph.initializer
+    stored = [list(tensor.dims) for tensor in tensors if tensor.data_type == onnx.TensorProto.UINT8]
+    assert sorted(stored) == sorted(bits) and len(bits) == 16
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
+def test_compiled_without_a_break_it_gives_the_same_logits(packed):
+    expected = packed(batch(2, 32)).logits
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(copy.copy(packed), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(batch(2, 32)).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1 and graphs[0].count("ops.rebnn.conv2d") == 16
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
+def test_exported_saved_and_loaded_it_gives_the_same_logits(packed, tmp_path):
+    expected = packed(batch(3, 32)).logits
+    sizes = {"pixel_values": {0: torch.export.Dim("batch", max=64)}}
+    program = torch.export.export(packed, (), {"pixel_values": batch(2, 32)}, dynamic_shapes=sizes)
+    assert program.graph_module.code.count("ops.rebnn.conv2d") == 16
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(pixel_values=batch(3, 32)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scales_of_a_fresh_model_fit_its_weights():
