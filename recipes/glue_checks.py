@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 POSITIVE = (
@@ -60,7 +61,7 @@ def check_number(name: str, value: float) -> None:
 def typed_options(argv: Sequence[str]) -> dict[str, str]:
     """The options of a command line by name, each as it was typed, with the word behind it."""
     typed = {}
-    for word, behind in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, behind in pairwise([*argv, "--"]):
         if word.startswith("--"):
             name = word.removeprefix("--").partition("=")[0].replace("-", "_")
             typed[name] = word if behind.startswith("--") else f"{word} {behind}"

@@ -270,6 +270,10 @@ def test_what_is_no_folder_of_images_is_refused_in_one_sentence(folder, tmp_path
         (["--workers", "-1"], "--workers -1 must not be negative"),
         (["--stem", "small"], "invalid choice"),
         (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
+        (["--balance_value", "1e-4"], "--balance_value 1e-4 does nothing without --balance_rule const"),
+        (["--balance_strength", "2"], "--balance_strength 2 does nothing without --balance_form decoupled"),
+        (["--max_steps", "0"], "--max_steps 0 must be greater than 0, or -1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 must be greater than 0"),
         (["--balance", "const"], "unrecognized"),
     ],
 )
