@@ -313,7 +313,8 @@ class EncoderRunArguments(RunArguments):
 
     def training(self) -> dict[str, Any]:
         """The options that every training has, by the names of `TrainingArguments`."""
-        return {**super().training(), "gradient_checkpointing": self.gradient_checkpointing}
+        # Only where it is asked for: newer transformers have another name for it, and warn.
+        return super().training() | ({"gradient_checkpointing": True} if self.gradient_checkpointing else {})
 
 
 @dataclass(frozen=True)
