@@ -364,8 +364,9 @@ def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "
             for seed, name in enumerate(("train", "validation"))
         }
     )
-    options = ("--task", task, "--augment", 2, "--augmentation_candidates", 4, *options)
-    arguments = options_of(*options, "--model_name_or_path", source)
+    arguments = options_of("--task", task, "--augment", 2, *options, "--model_name_or_path", source)
+    if "--augmentation_candidates" not in options:
+        arguments.augmentation.augmentation_candidates = 4
     run = RunFolder(folder)
     return GlueJob(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
 
