@@ -17,6 +17,7 @@ then say what is missing, and the exit code is 1. Writes `ablation.csv` (a line 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from pathlib import Path
 import glue_arguments
 from ablation_methods import METHODS, RULES, method_name
 from ablation_plots import plot_flips, plot_scores
-from ablation_runs import Launcher, Run, RunFailedError, Teacher
+from ablation_runs import Launcher, Run, RunFailedError, Teacher, visible_gpus
 from ablation_tables import Row, row_of, summary, task_table, write_csv
 from glue_tasks import TASKS
 
@@ -37,8 +38,9 @@ OWN = {"task", "data_dir", "train_file", "validation_file", "test_file", "teache
 def main(argv: list[str] | None = None) -> None:
     """Runs the grid and writes what it found."""
     argv = sys.argv[1:] if argv is None else argv
+    check_launch()
     arguments, rest = parse_arguments(argv)
-    launcher = Launcher(arguments.processes, arguments.jobs)
+    launcher = Launcher(arguments.processes, arguments.jobs, visible_gpus())
     teachers = plan_teachers(arguments, rest)
     runs = plan_runs(arguments, rest, teachers)
     check_runs(runs)
@@ -51,6 +53,20 @@ def main(argv: list[str] | None = None) -> None:
     if failures:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         raise SystemExit(f"\nfailed; the same command tries again:\n{lines}")
+
+
+def check_launch() -> None:
+    """Refuses to be one of several processes, each of which would run the whole grid in the same folders.
+
+    Raises:
+        SystemExit: Then.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise SystemExit(
+            f"{processes} processes were started, and each would run this grid: start it with `python` alone. "
+            f"--processes {processes} gives each of its runs {processes} processes."
+        )
 
 
 # The command line
@@ -76,7 +92,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--budget", nargs="+", default=[], metavar="TASK=STEPS", help="steps by task; overrides --max_steps behind --")
     add("--output_dir", required=True, help="of the grid; teachers go to its folder teachers without --teachers")
-    add("--jobs", type=int, default=1, help="runs at the same time, one thread each if more than one")
+    add("--jobs", type=int, default=1, help="runs at the same time, one thread each if more than one, GPUs in turn")
     add("--processes", type=int, default=1, help="of each run, by accelerate launch if more than one")
     add("--keep_models", action="store_true", help="do not delete the weights of finished runs")
     arguments = parser.parse_args(own)
@@ -242,7 +258,7 @@ def report(
         "# Grid of methods, tasks and seeds",
         f"```bash\n{shlex.join(['python', 'recipes/ablation.py', *argv])}\n```",
         *missing,
-        "Scores of the packed students at the last step, mean ± standard deviation over seeds. Differences are taken "
+        f"{scored(rows)}, mean ± standard deviation over seeds. Differences are taken "
         "seed by seed, those of the training loss only between methods that are distilled by the same losses. Measured "
         f"on: {'; '.join(sorted({row.hardware for row in rows}))}.",
         "## All tasks",
@@ -256,6 +272,13 @@ def report(
         if here:
             parts += [f"## {task}", task_table(here, task, methods, baseline), describe(here)]
     return "\n\n".join(parts)
+
+
+def scored(rows: Sequence[Row]) -> str:
+    """Whose scores the tables hold."""
+    latent = sorted({row.method for row in rows if row.scored == "latent"})
+    unpacked = f" (of the latent ones for {', '.join(latent)}, whose signs have three values)" if latent else ""
+    return f"Scores of the packed students{unpacked} at the last step"
 
 
 def describe(rows: Sequence[Row]) -> str:

@@ -6,12 +6,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
 from glue_stages import read_json
 
 from rebnn_hf.checkpoints import STATE_FILE
@@ -19,6 +21,28 @@ from rebnn_hf.checkpoints import STATE_FILE
 RECIPES = Path(__file__).parent
 
 T = TypeVar("T")
+
+
+PROCESS_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+PROCESS_VARIABLES |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"}
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what `accelerate launch` or `torchrun` told this process about itself.
+
+    A run would take it for being told so too. `ACCELERATE_USE_CPU` is also set by people, and stays.
+    """
+    dropped = {name for name in environment if name.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+    dropped -= {"ACCELERATE_USE_CPU"}
+    if dropped:
+        dropped.add("OMP_NUM_THREADS")  # a launcher always sets it, to 1 where it knows no better
+    return {name: value for name, value in environment.items() if name not in dropped | PROCESS_VARIABLES}
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 class RunFailedError(Exception):
@@ -32,10 +56,17 @@ class Launcher:
     Attributes:
         processes: Of each run; more than one are started by `accelerate launch`.
         jobs: Runs at the same time.
+        gpus: Names of the GPUs that runs of one process are dealt out to; those of several processes see all.
     """
 
     processes: int = 1
     jobs: int = 1
+    gpus: Sequence[str] = ()
+    _free: SimpleQueue = field(default_factory=SimpleQueue, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for job in range(self.jobs):
+            self._free.put(self.gpus[job % len(self.gpus)] if self.gpus else None)
 
     def start(self, script: str, argv: list[str], log: Path) -> None:
         """Runs a recipe to its end; what it prints is added to `log`.
@@ -44,14 +75,26 @@ class Launcher:
             RunFailedError: If it does not succeed.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        if self.jobs > 1:
-            environment["OMP_NUM_THREADS"] = "1"
+        gpu = self._free.get()
+        try:
+            self._run([*self._prefix(), str(RECIPES / script), *argv], self._environment(gpu), log)
+        finally:
+            self._free.put(gpu)
+
+    def _run(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
         with log.open("a", encoding="utf-8") as file:  # of a run that is continued the beginning is worth keeping
-            command = [*self._prefix(), str(RECIPES / script), *argv]
             ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
         if ended.returncode:
             raise RunFailedError(f"exit code {ended.returncode}, see {log}")
+
+    def _environment(self, gpu: str | None) -> dict[str, str]:
+        """What a process is started with: the environment of the grid, its share of threads, and its GPU."""
+        environment = without_launcher(os.environ)
+        if self.jobs > 1:
+            environment["OMP_NUM_THREADS"] = "1"
+        if self.processes == 1 and gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        return environment
 
     def _prefix(self) -> list[str]:
         if self.processes == 1:

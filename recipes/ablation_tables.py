@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_methods import METHODS
+from glue_stages import final_stage
 from glue_tasks import get_task
 
 NOTHING = "–"
@@ -25,7 +26,8 @@ class Row:
     """What the tables keep of a run; its fields are the columns of ablation.csv.
 
     Attributes:
-        score: Of the packed student, in the task's main metric.
+        score: Of the student, in the task's main metric.
+        scored: Which form of the student that is: packed, or latent where nothing can be packed.
         teacher: The same of the float teacher.
         loss: Training loss in the last tenth of the steps.
         flips: Sign changes per weight over the run.
@@ -39,6 +41,7 @@ class Row:
     method: str
     seed: int
     metric: str
+    scored: str
     score: float
     teacher: float
     loss: float
@@ -54,12 +57,14 @@ def row_of(task: str, method: str, seed: int, results: Mapping[str, Any]) -> Row
     """The row of a run that left `results`."""
     metric = get_task(task).main_metric
     scores, oscillation, hardware = results["scores"], results["oscillation"], results["hardware"]
+    scored = final_stage(results)
     return Row(
         task=task,
         method=method,
         seed=seed,
         metric=metric,
-        score=scores["packed"][metric],
+        scored=scored,
+        score=scores[scored][metric],
         teacher=scores["teacher"][metric],
         loss=oscillation["late_loss"],
         flips=oscillation["flips_per_weight"],

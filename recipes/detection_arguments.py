@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from detection_data import DetectionTask
-from glue_arguments import RunArguments, option, parse_groups
-from image_arguments import BalanceArguments
+from glue_arguments import BalanceArguments, RunArguments, balance_partners, option, parse_groups
+from glue_checks import check_numbers, check_partners
+
+from rebnn_hf import ReBNNConfig
 
 DEFAULT_MODEL = "rebnn_resnet18"
 
@@ -43,11 +45,6 @@ class DetectionDataArguments:
             raise ValueError("--train_split and --validation_split are splits of --data_dir: pass that too")
         if bool(self.train_split) != bool(self.validation_split):
             raise ValueError("--train_split and --validation_split belong together: pass both")
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be greater than 0")
-        if self.workers < 0:
-            raise ValueError(f"--workers {self.workers} must not be negative")
 
 
 @dataclass
@@ -100,13 +97,6 @@ class DetectionTrainingArguments:
     max_steps: int = option("this many steps of each stage instead of epochs; -1 counts epochs", default=-1)
     warm_up: float | None = option("share of the steps before the learning rate falls; default: the data set's")
 
-    def check(self) -> None:
-        """Raises a ValueError where options are wrong."""
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight_decay {self.weight_decay} must not be negative")
-        if self.warm_up is not None and not 0 <= self.warm_up < 1:
-            raise ValueError(f"--warm_up {self.warm_up} is a share of the steps: at least 0 and less than 1")
-
     def shared(self) -> dict[str, Any]:
         """The options of every stage."""
         return {name: getattr(self, name) for name in ("batch_size", "weight_decay", "max_steps", "warm_up")}
@@ -146,13 +136,10 @@ class DetectionArguments:
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""
-        for group in (self.data, self.detector, self.training, self.balance):
+        check_numbers(self)
+        for group in (self.data, self.detector, self.balance):
             group.check()
-        numbers = {**asdict(self.detector), **asdict(self.training), **asdict(self.run)}
-        more = ("batch_size", "save_steps", "logging_steps", "min_size", "max_size", "fpn_channels", "head_size")
-        for name, value in numbers.items():
-            if (name.endswith(("learning_rate", "epochs")) or name in more) and value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
+        check_partners(self.argv, balance_partners([ReBNNConfig(**self.balance.given())]))
 
     def fill_in(self, task: DetectionTask) -> None:
         """Gives every option left out the default of `task`."""
@@ -179,8 +166,7 @@ class DetectionArguments:
             "packed": {"packed_dtype": self.run.packed_dtype},
         }
         settings = {stage: own[stage] for stage in stages}
-        run = {"bf16": self.run.bf16, "seed": self.run.seed}
-        begun_with = {"data": data_digest, **asdict(self.detector), **self.training.shared(), **run}
+        begun_with = {"data": data_digest, **asdict(self.detector), **self.training.shared(), **self.run.settings()}
         return settings | {stages[0]: begun_with | settings[stages[0]]}
 
     def packed_dtype(self) -> torch.dtype:

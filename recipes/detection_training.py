@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from detection_images import AnnotatedImage
 from detection_scores import Detections
+from glue_training import MeanLoss
 from image_training import Shuffled
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
@@ -43,7 +44,7 @@ class LoggedParts:
         super().log(logs, start_time)
 
 
-class DetectionTrainer(LoggedParts, Shuffled, Trainer):
+class DetectionTrainer(LoggedParts, Shuffled, MeanLoss, Trainer):
     """Trains a detector whose weights are float."""
 
 

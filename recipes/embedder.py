@@ -21,6 +21,7 @@ from embedder_arguments import parse_embedder_arguments
 from embedder_job import EmbedderJob
 from embedder_training import EmbedderTrainer
 from glue import (
+    NOT_PACKED,
     build_student,
     check_architecture,
     check_equal,
@@ -89,6 +90,8 @@ def pack_student(job: EmbedderJob) -> dict[str, Any]:
     student = job.load_embedder(job.run.folder("latent"))
     transformer = student[0].auto_model
     scores = {"latent": job.score(student)}
+    if transformer.config.quantization_config.ties == "released":
+        return {"scores": scores, "not_packed": NOT_PACKED}
     with use_backend("reference"):  # the engine rounds elsewhere, which few-bit activations may turn into other codes
         latent = job.validate(student)
         rebnn_hf.pack(transformer)

@@ -11,8 +11,8 @@ from glue_arguments import (
     Arguments,
     AugmentationArguments,
     BinaryArguments,
+    EncoderRunArguments,
     EncoderStudentArguments,
-    RunArguments,
     option,
     parse_groups,
 )
@@ -44,10 +44,6 @@ class EmbedderDataArguments:
         """Raises a ValueError where options are wrong or contradict each other."""
         if self.train_file is not None and self.tasks != [JUDGE]:
             raise ValueError("--train_file brings its own sentences: leave out --tasks")
-        for name in ("max_length", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
 
     def settings(self) -> dict[str, Any]:
         """The options that shape the models; which sentences there are, the digest of the data tells."""
@@ -123,6 +119,6 @@ def parse_embedder_arguments(argv: list[str] | None = None) -> EmbedderArguments
         EmbedderStudentArguments,
         AugmentationArguments,
         BinaryArguments,
-        RunArguments,
+        EncoderRunArguments,
     )
     return parse_groups(EmbedderArguments, groups, argv)

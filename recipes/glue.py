@@ -25,8 +25,9 @@ import torch
 from accelerate import PartialState
 from glue_arguments import Distillation, parse_arguments
 from glue_augmentation import check_augmentation, student_tokens
+from glue_files import describe
 from glue_grammar import demo_model_config
-from glue_job import GlueJob, Job, Logits, load_pretrained, prepare
+from glue_job import GlueJob, Job, Logits, load_pretrained, parts, prepare
 from glue_report import print_summary, write_report
 from glue_tasks import Task
 from glue_training import (
@@ -55,10 +56,14 @@ from rebnn_hf import ReBNNTrainingArguments
 from rebnn_hf.checkpoints import STATE_FILE, written_aside
 from rebnn_hf.kernels import use_backend
 
+NOT_PACKED = "ties='released' has sign(0) = 0, a third value that does not fit into a bit."
+
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
     job = prepare(parse_arguments(argv), GlueJob)
+    if job.task.name == "custom":
+        job.process.print(describe(job.task))
     check_augmentation(job)
     run_stages(job)
 
@@ -294,6 +299,8 @@ def pack_student(job: Job) -> dict[str, Any]:
     """Packs the student, reloads it as a user would, and compares the two."""
     folder, dtype = job.run.folder("packed"), job.arguments.packed_dtype()
     student = job.load(job.run.folder("latent"))
+    if student.config.quantization_config.ties == "released":
+        return score_unpacked(job, student)
     with use_backend("reference"):  # the engine rounds elsewhere, which few-bit activations may turn into other codes
         latent_logits = job.validate(student)
         check_equal(latent_logits, job.validate(rebnn_hf.pack(student)), torch.float32)
@@ -311,6 +318,16 @@ def pack_student(job: Job) -> dict[str, Any]:
         "max_logit_difference": largest_difference(latent_logits, packed_logits),
         "size": rebnn_hf.summary(packed).totals,
     }
+
+
+def score_unpacked(job: Job, student: PreTrainedModel) -> dict[str, Any]:
+    """Scores the latent model, whose signs have three values and fit into no bits: to compare it with what others did.
+
+    The released codes report such models too.
+    """
+    logits = job.validate(student)
+    job.submit(student, logits)
+    return {"scores": {**teacher_scores(job), "latent": job.score(logits)}, "not_packed": NOT_PACKED}
 
 
 def teacher_scores(job: Job) -> dict[str, dict[str, float]]:
@@ -385,19 +402,15 @@ def training_arguments(
     kind: Callable[..., TrainingArguments], job: Job, stage: str, **specific: Any
 ) -> TrainingArguments:
     """The arguments that teacher and student share, and the `specific` ones of a stage."""
-    run = job.arguments.run
     return kind(
         output_dir=str(job.run.folder(stage)),
-        per_device_train_batch_size=job.arguments.student.batch_size // job.process.num_processes,
+        per_device_train_batch_size=job.arguments.student.batch_size // parts(job.arguments, job.process),
         warmup_steps=job.arguments.student.warm_up,
         lr_scheduler_type="linear",
-        save_steps=run.save_steps,
         save_total_limit=1,
-        logging_steps=run.logging_steps,
         logging_first_step=True,
-        report_to=run.report_to,
         disable_tqdm=False,
-        bf16=run.bf16,
+        **job.arguments.run.training(),
         **device_arguments(),
         **specific,
     )

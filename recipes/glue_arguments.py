@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from argparse import HelpFormatter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from glue_checks import check_numbers, check_partners
 from glue_tasks import TASKS, Task
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -37,9 +39,13 @@ class DataArguments:
         choices=list(TASKS),
     )
     data_dir: str | None = option("folder with the GLUE files; without it they come from the Hub")
-    train_file: str | None = option("your training examples (csv, tsv or json)")
-    validation_file: str | None = option("your validation examples")
-    test_file: str | None = option("your test examples, labelled or not: predictions are written for them")
+    train_file: str | None = option(
+        "your training examples (.csv, .tsv, .json or .jsonl) with the columns `sentence1`, `sentence` or `text`, for "
+        "pairs `sentence2`, and `label`; whole numbers and words are classes, numbers of which some have a decimal "
+        "point mean regression"
+    )
+    validation_file: str | None = option("your validation examples, with the same columns and labels")
+    test_file: str | None = option("your test examples, with `label` or without: predictions are written for them")
     max_length: int | None = option("longest input in tokens; default: the task's")
     max_train_samples: int | None = option("train on this many examples only (the first ones)")
     max_eval_samples: int | None = option("evaluate on this many examples only (the first ones)")
@@ -155,8 +161,6 @@ class AugmentationArguments:
             )
         if self.augmentation_candidates < 1:
             raise ValueError(f"--augmentation_candidates {self.augmentation_candidates} must be at least 1")
-        if self.augmentation_model is not None and not self.augment:
-            raise ValueError(f"--augmentation_model {self.augmentation_model} does nothing without --augment N")
 
     def settings(self) -> dict[str, Any]:
         """The options as settings of a stage; none where nothing is augmented."""
@@ -164,7 +168,38 @@ class AugmentationArguments:
 
 
 @dataclass
-class BinaryArguments:
+class BalanceArguments:
+    """The balance rule; without an option here, that of the method."""
+
+    _argument_group_name = "balance"
+
+    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = option("the rule for the balance")
+    balance_form: Literal["gradient", "decoupled"] | None = option("where the pull of the balance is applied")
+    balance_strength: float | None = option("strength of the decoupled form")
+    balance_value: float | None = option("the balance itself, with --balance_rule const")
+    balance_lower: float | None = option("lower bound of the balance")
+    balance_upper: float | None = option("upper bound of the balance")
+
+    def given(self) -> dict[str, Any]:
+        """The fields of `ReBNNConfig` that are chosen."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def check(self) -> None:
+        """Raises a ValueError where options cannot be combined."""
+        ReBNNConfig(**self.given())
+
+
+def balance_partners(methods: Iterable[ReBNNConfig]) -> dict[str, tuple[bool, str]]:
+    """What options of the balance need, for `check_partners`, and whether one of the methods has it."""
+    methods = list(methods)
+    return {
+        "balance_value": (any(m.balance_rule == "const" for m in methods), "--balance_rule const"),
+        "balance_strength": (any(m.balance_form == "decoupled" for m in methods), "--balance_form decoupled"),
+    }
+
+
+@dataclass
+class BinaryArguments(BalanceArguments):
     """What becomes 1-bit and by which rule; without a default here, that of the preset or of `ReBNNConfig`."""
 
     _argument_group_name = "binarization"
@@ -175,16 +210,11 @@ class BinaryArguments:
         metadata={"help": "presets to train through before --preset, each from the one before", "nargs": "+"},
     )
 
-    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = option("the rule for the balance")
-    balance_form: Literal["gradient", "decoupled"] | None = option("where the pull of the balance is applied")
-    balance_strength: float | None = option("strength of the decoupled form")
-    balance_value: float | None = option("the balance itself, with --balance_rule const")
-    balance_lower: float | None = option("lower bound of the balance")
-    balance_upper: float | None = option("upper bound of the balance")
     weight_scale: Literal["learned", "mean_abs"] | None = option("where the scales come from")
     scale_granularity: Literal["row", "tensor"] | None = option("one scale for each row or for each tensor")
     scale_gradient: Literal["none", "exact", "xnor"] | None = option("gradient through a closed-form scale")
     weight_center: Literal["none", "row", "tensor"] | None = option("mean taken off before the sign")
+    center_gradient: bool | None = option("take that mean off the gradient too", nargs="?", const=True)
     weight_ste: Literal["clip", "identity"] | None = option("window of the straight-through gradient")
     ste_slope: Literal["scale", "unit"] | None = option("slope of the straight-through gradient")
     activation: Literal["none", "sign", "rsign", "elastic", "token"] | None = option("inputs of 1-bit layers")
@@ -194,9 +224,9 @@ class BinaryArguments:
     attention: Literal["softmax", "bool", "elastic"] | None = option("attention with few bits")
     ffn_activation: Literal["model", "relu", "rprelu"] | None = option("function of the feed-forward block")
     ties: Literal["up", "released"] | None = option("values exactly on a threshold")
-    word_embeddings: bool | None = option("make the word embeddings 1-bit too")
-    pooler: bool | None = option("make the pooler 1-bit too")
-    head: bool | None = option("make the linear layers of the head 1-bit too")
+    word_embeddings: bool | None = option("make the word embeddings 1-bit too", nargs="?", const=True)
+    pooler: bool | None = option("make the pooler 1-bit too", nargs="?", const=True)
+    head: bool | None = option("make the linear layers of the head 1-bit too", nargs="?", const=True)
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "names of modules to leave float", "nargs": "+"}
     )
@@ -208,8 +238,12 @@ class BinaryArguments:
             ValueError: If they cannot be combined.
         """
         preset = preset or self.preset
-        options = {n: v for n, v in asdict(self).items() if v is not None and n not in ("preset", "stages")}
+        options = {name: value for name, value in self.given().items() if name not in ("preset", "stages")}
         return ReBNNConfig.preset(preset, **options) if preset else ReBNNConfig(**options)
+
+    def check(self) -> None:
+        """Raises a ValueError where options cannot be combined."""
+        self.config()
 
 
 @dataclass
@@ -228,10 +262,7 @@ class AdapterArguments:
     lora_epochs: float | None = option("of the adapter, where --max_steps does not count; default: the student's")
 
     def check(self) -> None:
-        """Raises a ValueError where options are wrong, or PEFT is missing."""
-        for name, value in asdict(self).items():
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
+        """Raises a ValueError where PEFT is missing."""
         if self.lora is not None and find_spec("peft") is None:
             raise ValueError("--lora needs PEFT: pip install 'rebnn_hf[peft]'")
 
@@ -250,12 +281,40 @@ class RunArguments:
     overwrite: bool = option("redo the stages whose settings changed since the last run in this folder", default=False)
     seed: int = option("of the data order, the new head and the demo's model", default=42)
     bf16: bool = option("train in bfloat16 mixed precision", default=False)
+    gradient_accumulation_steps: int = option(
+        "compute the batch of a step in this many parts, one after the other (batch normalization sees one part)",
+        default=1,
+    )
     packed_dtype: Literal["float32", "float16", "bfloat16"] = option(
         "dtype of what stays float in the packed model", default="float32"
     )
     save_steps: int = option("steps between checkpoints", default=500)
     logging_steps: int = option("steps between log lines", default=50)
     report_to: str = option("`none`, `tensorboard`, `wandb`, ...", default="none")
+
+    def settings(self) -> dict[str, Any]:
+        """The options that shape the models."""
+        names = ("bf16", "gradient_accumulation_steps", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def training(self) -> dict[str, Any]:
+        """The options that every training has, by the names of `TrainingArguments`."""
+        names = ("bf16", "gradient_accumulation_steps", "save_steps", "logging_steps", "report_to")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class EncoderRunArguments(RunArguments):
+    """The same of models that can forget activations."""
+
+    gradient_checkpointing: bool = option(
+        "keep fewer activations and compute them again for the gradients: less memory, more time", default=False
+    )
+
+    def training(self) -> dict[str, Any]:
+        """The options that every training has, by the names of `TrainingArguments`."""
+        # Only where it is asked for: newer transformers have another name for it, and warn.
+        return super().training() | ({"gradient_checkpointing": True} if self.gradient_checkpointing else {})
 
 
 @dataclass(frozen=True)
@@ -284,21 +343,19 @@ class Arguments:
     augmentation: AugmentationArguments
     binary: BinaryArguments
     adapter: AdapterArguments
-    run: RunArguments
+    run: EncoderRunArguments
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""
+        check_numbers(self)
         self.data.check()
         for preset in self.binary.stages:
             if preset not in CONFIGS:
                 raise ValueError(f"--stages: {preset!r} is no preset; expected some of {', '.join(CONFIGS)}")
         self._check_stages()
-        if self.binary.config().ties == "released":
-            name = f"--preset {self.binary.preset}" if self.binary.preset else "--ties released"
-            raise ValueError(f"{name} trains but cannot be packed: use ReBNNTrainer itself, or --ties up")
         self.augmentation.check()
         self.adapter.check()
-        self._check_numbers()
+        check_partners(self.argv, self._partners())
 
     def _check_stages(self) -> None:
         """What the later stages would refuse only after the earlier ones have been trained."""
@@ -319,22 +376,31 @@ class Arguments:
         presets = [*self.binary.stages, self.binary.preset]
         return [Distillation(*stage) for stage in zip(names, presets, [None, *names[:-1]], strict=True)]
 
-    def _check_numbers(self) -> None:
-        """What the Trainer would refuse only after the teacher has been trained."""
-        student, run = self.student, self.run
-        options = asdict(student)
-        positive = {n: v for n, v in options.items() if n in ("batch_size", "epochs", "temperature")}
-        positive |= {name: value for name, value in options.items() if name.endswith("learning_rate")}
-        positive |= {"save_steps": run.save_steps, "logging_steps": run.logging_steps}
-        positive |= asdict(self.teacher, dict_factory=lambda items: {k: v for k, v in items if not isinstance(v, str)})
-        for name, value in positive.items():
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
-        for name, value in options.items():
-            if name.endswith(("_weight", "_weight_decay")) and (value or 0) < 0:
-                raise ValueError(f"--{name} {value} must not be negative")
-        if not 0 <= student.warm_up < 1:
-            raise ValueError(f"--warm_up {student.warm_up} is a share of the steps: at least 0 and less than 1")
+    def _partners(self) -> dict[str, tuple[bool, str]]:
+        """What options need that do nothing alone, for `check_partners`, and whether it is there."""
+        stages = self.distillations()
+        methods = [self.binary.config(stage.preset) for stage in stages]
+        losses = {self.student_settings(stage.name).get("logits_loss") for stage in stages}
+        elastic = any("elastic" in (method.activation, method.attention) for method in methods)
+        centered = any(method.weight_center != "none" for method in methods)
+        needs = {
+            ("stage_teacher", "stage_weight_scales", "stage_activation_scales"): (len(stages) > 1, "--stages"),
+            ("logits_reduction",): ("soft_cross_entropy" in losses, "--logits_loss soft_cross_entropy"),
+            ("temperature",): (losses != {"mse"}, "--logits_loss kl or soft_cross_entropy"),
+            ("signed_init", "unsigned_init"): (elastic, "--activation elastic"),
+            ("center_gradient",): (centered, "--weight_center row or tensor"),
+            ("augmentation_probability", "augmentation_candidates", "augmentation_model"): (
+                self.augmentation.augment > 0,
+                "--augment N",
+            ),
+            ("lora_learning_rate", "lora_epochs"): (self.adapter.lora is not None, "--lora"),
+            ("packed_dtype", "lora"): (self.packable(), "a packed model, and --ties released has none"),
+        }
+        return {name: need for names, need in needs.items() for name in names} | balance_partners(methods)
+
+    def packable(self) -> bool:
+        """Whether the student fits into bits: the signs of the released codes have three values."""
+        return self.binary.config().ties == "up"
 
     def fill_in(self, task: Task) -> None:
         """Gives every option left out the default of `task`."""
@@ -396,8 +462,7 @@ class Arguments:
                 **asdict(self.teacher),
                 "batch_size": self.student.batch_size,
                 "warm_up": self.student.warm_up,
-                "bf16": self.run.bf16,
-                "seed": self.run.seed,
+                **self.run.settings(),
             },
             **{
                 stage.name: self.student_settings(stage.name) | self.augmentation.settings()
@@ -425,7 +490,7 @@ def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -
         AugmentationArguments,
         BinaryArguments,
         AdapterArguments,
-        RunArguments,
+        EncoderRunArguments,
     )
     return parse_groups(Arguments, groups, argv)
 

@@ -30,7 +30,16 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from glue_arguments import AugmentationArguments
-from glue_augmentation_candidates import CandidateFinder, Encoder, Sentence, Word, load_encoder, read_sentences
+from glue_augmentation_candidates import (
+    CandidateFinder,
+    Encoder,
+    Sentence,
+    Vocabulary,
+    Word,
+    check_vocabulary,
+    load_encoder,
+    read_sentences,
+)
 from glue_job import Job, digest
 from glue_stages import read_json, write_json
 from tqdm.auto import tqdm
@@ -54,9 +63,15 @@ def student_tokens(job: Job) -> tuple[Dataset, dict[str, Any]]:
 
 
 def check_augmentation(job: Job) -> None:
-    """Refuses an `--augmentation_model` that cannot be used before the teacher is trained, not after."""
-    if job.arguments.augmentation.augmentation_model is not None:
-        load_encoder(job)
+    """Refuses a model, tokenizer or vocabulary that cannot be used before the teacher is trained, not after."""
+    options, teacher = job.arguments.augmentation, job.arguments.teacher
+    if not options.augment:
+        return
+    if options.augmentation_model is None and teacher.source is None:  # the demo's, of which there is a tokenizer yet
+        check_vocabulary(Vocabulary(job.tokenizer), options.augmentation_candidates, "the demo")
+    else:
+        encoder = load_encoder(job)
+        check_vocabulary(Vocabulary(encoder.tokenizer), options.augmentation_candidates, encoder.source)
 
 
 def augmented_examples(job: Job) -> tuple[Dataset, dict[str, Any]]:

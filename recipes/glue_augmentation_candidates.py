@@ -171,6 +171,19 @@ def whole_words(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     }
 
 
+def check_vocabulary(vocabulary: Vocabulary, count: int, source: str) -> None:
+    """Refuses a vocabulary, that of `source`, in which a word has not so many candidates.
+
+    Raises:
+        SystemExit: Then.
+    """
+    if len(vocabulary.spellings) <= count:
+        raise SystemExit(
+            f"--augmentation_candidates {count} needs a vocabulary of more than {count} content words, but that of "
+            f"{source} has {len(vocabulary.spellings)}: ask for fewer candidates, or pass another --augmentation_model."
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------- candidates
 
 
@@ -189,12 +202,7 @@ class CandidateFinder:
         self.encoder = encoder
         self.count = count
         self.vocabulary = Vocabulary(encoder.tokenizer)
-        if len(self.vocabulary.spellings) <= count:
-            raise SystemExit(
-                f"--augmentation_candidates {count} needs a vocabulary of more than {count} content words, but that of "
-                f"{encoder.source} has {len(self.vocabulary.spellings)}: ask for fewer candidates, or pass another "
-                "--augmentation_model."
-            )
+        check_vocabulary(self.vocabulary, count, encoder.source)
         self.neighbours = normalize(encoder.embeddings[self.vocabulary.ids.to(encoder.embeddings.device)].float())
         self.known: dict[tuple, list[str]] = {}
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from glue_tasks import CORRELATIONS, PAIR, GlueTask, define, number_in
 
+SHOWN_LABELS = 10  # on the console
+
 
 def load_files(train_file: str | Path, validation_file: str | Path, test_file: str | Path | None = None) -> DatasetDict:
     """Loads labelled sentences, or pairs, from .csv, .tsv, .json (a list of objects) or .jsonl files.
@@ -65,6 +67,15 @@ def custom_task(dataset: DatasetDict) -> GlueTask:
     if isinstance(features["label"], ClassLabel):
         return define("custom", sentences, features["label"].names, ["accuracy"], text_labels=True)
     return define("custom", sentences, None, CORRELATIONS)
+
+
+def describe(task: GlueTask) -> str:
+    """What was made of files of one's own, in a line for the console."""
+    read = "pairs of sentences" if len(task.sentences) > 1 else "single sentences"
+    if task.is_regression:
+        return f"{task.name}: {read}, a number for each (regression)"
+    names = ", ".join(task.labels[:SHOWN_LABELS]) + (", ..." if len(task.labels) > SHOWN_LABELS else "")
+    return f"{task.name}: {read}, {len(task.labels)} classes ({names})"
 
 
 def _read_table(path: Path) -> dict[str, list]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -323,6 +324,17 @@ def start_process() -> PartialState:
     return PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
 
 
+def launcher(process: PartialState, *options: str) -> list[str]:
+    """The words before a script that start it in as many processes, on such devices, as this run has."""
+    launch = ["accelerate", "launch"]
+    if process.num_processes > 1:
+        # Without --multi_gpu accelerate starts a single process where it counts fewer GPUs, and does not say so.
+        launch += ["--multi_gpu", "--num_processes", str(process.num_processes)]
+        if process.device.type == "cpu":
+            launch.insert(0, "ACCELERATE_USE_CPU=true")
+    return [*launch, *options]
+
+
 def hint_at_idle_cores(process: PartialState) -> None:
     """Says how to use all cores: `accelerate launch` gives a process on a CPU one thread unless told otherwise."""
     threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
@@ -330,7 +342,7 @@ def hint_at_idle_cores(process: PartialState) -> None:
         each = cores // process.num_processes
         process.print(
             f"{threads} thread(s) in {process.num_processes} process(es) leave cores of {cores} idle: "
-            f"accelerate launch --num_cpu_threads_per_process {each} uses them"
+            f"{shlex.join(launcher(process, '--num_cpu_threads_per_process', str(each)))} uses them"
         )
 
 
@@ -350,12 +362,18 @@ def begin(run: RunFolder, settings: Settings, overwrite: bool, process: PartialS
     process.wait_for_everyone()
 
 
+def parts(arguments: Arguments, process: PartialState) -> int:
+    """How many parts the batch of a step is computed in: one for each process and step of accumulation."""
+    return process.num_processes * arguments.run.gradient_accumulation_steps
+
+
 def check_processes(arguments: Arguments, process: PartialState) -> None:
     """Refuses numbers of processes that the global batch or the GPUs cannot be shared among."""
-    if arguments.student.batch_size % process.num_processes:
+    if arguments.student.batch_size % parts(arguments, process):
         raise SystemExit(
-            f"--batch_size {arguments.student.batch_size} counts the examples of a step over all processes: "
-            f"it must be a multiple of their number, {process.num_processes}."
+            f"--batch_size {arguments.student.batch_size} counts the examples of a step over all processes and "
+            f"accumulation steps: it must be a multiple of {process.num_processes} x "
+            f"{arguments.run.gradient_accumulation_steps}, their numbers."
         )
     if process.num_processes == 1 and torch.cuda.device_count() > 1:
         raise SystemExit(
@@ -385,10 +403,22 @@ def find_teacher(arguments: Arguments, run: RunFolder) -> Path:
     if given is None:
         return run.folder("teacher")
     if not Path(given).is_dir():
-        return Path(load_pretrained(snapshot_download, given, allow_patterns=MODEL_FILES))
+        folder = Path(load_pretrained(snapshot_download, given, allow_patterns=MODEL_FILES))
+        check_weights(folder, given)
+        return folder
     if Path(given).resolve().is_relative_to(run.root.resolve()):
         raise SystemExit(f"--teacher {given} lies in --output_dir, which may be cleared: choose another --output_dir.")
     return Path(given)
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """Refuses a teacher of the Hub whose weights were not downloaded: pickles run code of strangers."""
+    if not any(folder.rglob("*.safetensors")):
+        raise SystemExit(
+            f"--teacher {name} has no safetensors file, and pickled weights (.bin, .pt) are not loaded from the Hub. "
+            "If you trust it, write it anew as safetensors, from_pretrained(name).save_pretrained(FOLDER) for model "
+            "and tokenizer, and pass --teacher FOLDER."
+        )
 
 
 def load_pretrained(loader: Callable[..., Any], source: str | Path, **options: Any) -> Any:

@@ -9,22 +9,20 @@ import subprocess
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import accelerate
 import datasets
 import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
-from glue_stages import read_json, write_json
+from glue_job import Job, launcher
+from glue_stages import final_stage, read_json, write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rebnn_hf
 from rebnn_hf import model_card, plot_epoch_flips, plot_latent_weights, plot_oscillation
 from rebnn_hf.checkpoints import STATE_FILE
-
-if TYPE_CHECKING:
-    from glue_job import Job
 
 MEGABYTE = 1e6
 
@@ -32,9 +30,9 @@ MEGABYTE = 1e6
 def write_report(job: Job) -> None:
     """Writes the plots, the model card and, last, `results.json`: where it exists, everything else does."""
     results = collect(job)
-    packed = job.run.folder("packed")
     draw_training(job)
-    card(job, results).save(packed / "README.md")
+    if "not_packed" not in results:
+        card(job, results).save(job.run.folder("packed") / "README.md")
     if "adapter" in results:
         adapter_card(job, results).save(job.run.folder("adapter") / "README.md")
     write_json(job.run.results_file, results)
@@ -54,21 +52,21 @@ def collect(job: Job) -> dict[str, Any]:
     """The results of a run whose stages are complete."""
     records = job.run.records()
     folders = {stage: job.run.folder(stage) for stage in records} | {"teacher": job.teacher_folder}
+    if "not_packed" in records["packed"]:
+        del folders["packed"]
     sizes = {stage: model_bytes(folder) for stage, folder in folders.items()}
     results = {
         "task": job.task.name,
         "scores": {**early_scores(records), **records["packed"]["scores"]},
         "bytes": sizes,
-        "ratio": sizes["teacher"] / sizes["packed"],
-        "max_logit_difference": records["packed"]["max_logit_difference"],
+        **packed_results(records["packed"], sizes),
         "seconds": {stage: record["seconds"] for stage, record in records.items()},
         "oscillation": oscillation(read_json(job.run.folder("latent") / STATE_FILE)["log_history"]),
         "steps": {stage: record["steps"] for stage, record in records.items() if "steps" in record},
         "examples": {name: len(split) for name, split in job.data.items()},
         "data_digest": job.digest(job.data),
-        "config": read_json(folders["packed"] / "config.json")["quantization_config"],
+        "config": read_json(job.run.folder(final_stage(records["packed"])) / "config.json")["quantization_config"],
         "augmentation": records["latent"].get("augmentation"),
-        "size": records["packed"]["size"],
         "seed": job.arguments.run.seed,
         "processes": job.process.num_processes,
         "command": command(job),
@@ -87,6 +85,18 @@ def collect(job: Job) -> dict[str, Any]:
     if job.task.name == "demo":
         results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
     return results
+
+
+def packed_results(record: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """What there is to know of the packed model, or why there is none."""
+    if "not_packed" in record:
+        return {"not_packed": record["not_packed"]}
+    difference = record["max_logit_difference"]
+    return {
+        "ratio": sizes["teacher"] / sizes["packed"],
+        "max_logit_difference": difference,
+        "size": record["size"],
+    }
 
 
 def early_scores(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -109,9 +119,8 @@ def oscillation(log_history: list[dict[str, float]]) -> dict[str, float]:
 
 def command(job: Job) -> str:
     """The command that made the results, as it would be typed in a checkout."""
-    processes = job.process.num_processes
-    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    return shlex.join([*launcher, job.script, *job.arguments.argv])
+    start = ["python"] if job.process.num_processes == 1 else launcher(job.process)
+    return shlex.join([*start, job.script, *job.arguments.argv])
 
 
 def model_bytes(folder: Path) -> int:
@@ -165,7 +174,8 @@ def print_summary(results: dict[str, Any]) -> None:
     print("\n" + summary(results))
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     print(f"\nwall time: {seconds}  (together {sum(results['seconds'].values()):.0f} s)")
-    print(f"outputs of packed and latent model differ by at most {results['max_logit_difference']:.2g}")
+    if "not_packed" not in results:
+        print(f"outputs of packed and latent model differ by at most {results['max_logit_difference']:.2g}")
     if "embeddings_per_second" in results:
         rates = ", ".join(f"{model} {rate:.0f}" for model, rate in results["embeddings_per_second"].items())
         print(f"embeddings per second, side by side: {rates}")
@@ -174,6 +184,8 @@ def print_summary(results: dict[str, Any]) -> None:
 def summary(results: dict[str, Any]) -> str:
     """The table and, where there are any, what there is to know of its adapter and its average of teachers."""
     parts = [summary_table(results)]
+    if "not_packed" in results:
+        parts.append(f"There is no packed model: {results['not_packed']}")
     if "adapter" in results:
         rank, parameters = results["adapter"]["rank"], results["adapter"]["parameters"]
         size = results["bytes"]["adapter"] / MEGABYTE
@@ -188,7 +200,7 @@ def summary(results: dict[str, Any]) -> str:
 def summary_table(results: dict[str, Any]) -> str:
     """The table of models by metrics and size, as Markdown."""
     scores, sizes = results["scores"], results["bytes"]
-    metrics = list(scores["packed"])
+    metrics = list(scores[final_stage(results)])
     rows = [["model", *metrics, "MB on disk", "smaller by"]]
     for model in (name for name in ("bag_of_words", *sizes) if name in scores):
         name, size = model, sizes.get(model)

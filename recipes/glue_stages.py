@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def final_stage(record: Mapping[str, Any]) -> str:
+    """The stage whose model a run ends with, and whose scores stand for it: the latent one where nothing is packed.
+
+    Args:
+        record: Of the stage `packed`, or the results of the run.
+    """
+    return "latent" if "not_packed" in record else "packed"
 
 
 class RunFolder:

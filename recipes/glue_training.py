@@ -44,7 +44,8 @@ class LengthGroupedSampler(Sampler[int]):
 
     Args:
         lengths: Length of every example in tokens.
-        batch_size: Examples per step over all processes; one step's examples are neighbours in the order.
+        batch_size: Examples per step over all processes and accumulation steps; one step's examples are neighbours in
+            the order.
         epoch: Tells which epoch is to be drawn.
         seed: Of the order.
     """
@@ -100,20 +101,24 @@ class LengthGrouped(OwnSampler):
         """Batches of similar lengths."""
         return LengthGroupedSampler(
             lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-            batch_size=self.args.train_batch_size * self.args.world_size,
+            batch_size=self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
             epoch=epoch,
             seed=self.args.seed,
         )
 
 
-class FineTuningTrainer(LengthGrouped, WholeCheckpoints, Trainer):
-    """Fine-tunes the float teacher."""
+class MeanLoss:
+    """Tells a Trainer that the model's loss is the mean over the examples it sees."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # The Trainer takes the **kwargs of BERT's forward for a promise to divide the loss by the global number of
-        # items. BERT does not, and the gradient would grow with the number of processes.
+        # The Trainer takes the **kwargs of a model's forward for a promise to divide the loss by the global number of
+        # items. BERT and timm's models do not, and the gradient would grow with processes and accumulation steps.
         self.model_accepts_loss_kwargs = False
+
+
+class FineTuningTrainer(LengthGrouped, MeanLoss, WholeCheckpoints, Trainer):
+    """Fine-tunes the float teacher."""
 
 
 class DistillationTrainer(LengthGrouped, ReBNNTrainer):

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from glue_arguments import Distillation, RunArguments, option, parse_groups
+from glue_arguments import (
+    BalanceArguments,
+    Distillation,
+    RunArguments,
+    balance_partners,
+    option,
+    parse_groups,
+)
+from glue_checks import check_numbers, check_partners
 from image_data import ImageTask
 
 from rebnn_hf import ReBNNConfig
@@ -30,11 +38,6 @@ class ImageDataArguments:
         """Raises a ValueError where options are wrong or contradict each other."""
         if self.dataset is not None and self.data_dir is not None:
             raise ValueError("--data_dir brings its own data set: leave out --dataset")
-        for name in ("image_size", "max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be greater than 0")
-        if self.workers < 0:
-            raise ValueError(f"--workers {self.workers} must not be negative")
 
     def scoring(self) -> dict[str, Any]:
         """The options that shape the scores of the same models."""
@@ -85,15 +88,6 @@ class ImageStudentArguments:
     max_steps: int = option("this many steps of each stage instead of epochs; -1 counts epochs", default=-1)
     warm_up: float = option("share of the steps before the learning rate falls linearly to 0; default: 0", default=0.0)
 
-    def check(self) -> None:
-        """Raises a ValueError where options are wrong."""
-        if self.stage_one_weight_decay < 0:
-            raise ValueError(f"--stage_one_weight_decay {self.stage_one_weight_decay} must not be negative")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"--warm_up {self.warm_up} is a share of the steps: at least 0 and less than 1")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"--ema {self.ema} is a decay: more than 0 and less than 1")
-
     def stage_one(self) -> dict[str, Any]:
         """The options of the model and its first stage."""
         own = {name: value for name, value in asdict(self).items() if name.startswith("stage_one_")}
@@ -103,28 +97,6 @@ class ImageStudentArguments:
         """The options of the second stage."""
         names = ("learning_rate", "latent_learning_rate", "scale_learning_rate", "epochs", "ema", "max_steps")
         return {name: getattr(self, name) for name in names}
-
-
-@dataclass
-class BalanceArguments:
-    """The balance rule of the second stage; without an option here, what the architecture has."""
-
-    _argument_group_name = "balance"
-
-    balance_rule: Literal["flip_maxgrad", "maxgrad", "const", "none"] | None = option("the rule for the balance")
-    balance_form: Literal["gradient", "decoupled"] | None = option("where the pull of the balance is applied")
-    balance_strength: float | None = option("strength of the decoupled form")
-    balance_value: float | None = option("the balance itself, with --balance_rule const")
-    balance_lower: float | None = option("lower bound of the balance")
-    balance_upper: float | None = option("upper bound of the balance")
-
-    def given(self) -> dict[str, Any]:
-        """The fields of `ReBNNConfig` that are chosen."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def check(self) -> None:
-        """Raises a ValueError where options cannot be combined."""
-        ReBNNConfig(**self.given())
 
 
 @dataclass
@@ -147,14 +119,12 @@ class ImageArguments:
 
     def check(self) -> None:
         """Raises a ValueError where options are wrong or contradict each other."""
+        check_numbers(self)
         self.data.check()
-        self.student.check()
+        if self.student.ema is not None and not 0 < self.student.ema < 1:
+            raise ValueError(f"--ema {self.student.ema} is a decay: more than 0 and less than 1")
         self.balance.check()
-        numbers = {**asdict(self.teacher), **asdict(self.student), **asdict(self.run)}
-        for name, value in numbers.items():
-            counts = name.endswith(("learning_rate", "epochs")) or name in ("batch_size", "save_steps", "logging_steps")
-            if counts and value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
+        check_partners(self.argv, balance_partners([ReBNNConfig(**self.balance.given())]))
 
     def fill_in(self, task: ImageTask) -> None:
         """Gives every option left out the default of `task`."""
@@ -183,8 +153,7 @@ class ImageArguments:
                 **asdict(self.teacher),
                 "batch_size": self.student.batch_size,
                 "warm_up": self.student.warm_up,
-                "bf16": self.run.bf16,
-                "seed": self.run.seed,
+                **self.run.settings(),
             },
             "stage-1": self.student.stage_one(),
             "latent": self.student.stage_two() | self.balance.given(),

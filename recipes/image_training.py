@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from glue_training import OwnSampler
+from glue_training import MeanLoss, OwnSampler
 from safetensors.torch import load_file, save_model
 from timm.utils import ModelEmaV3
 from torch.utils.data import Sampler
@@ -50,11 +50,11 @@ class Shuffled(OwnSampler):
         return EpochSampler(len(self.train_dataset), epoch, self.args.seed)
 
 
-class TeacherTrainer(Shuffled, WholeCheckpoints, Trainer):
+class TeacherTrainer(Shuffled, MeanLoss, WholeCheckpoints, Trainer):
     """Trains the float model on the labels."""
 
 
-class StageOneTrainer(Shuffled, WholeCheckpoints, Trainer):
+class StageOneTrainer(Shuffled, MeanLoss, WholeCheckpoints, Trainer):
     """Distils a student with float weights and 1-bit activations.
 
     The loss is the distributional one of ReActNet (D4), the optimizer Adam whose weight decay is added to the gradients

@@ -60,12 +60,6 @@ class SquadDataArguments:
         """Raises a ValueError where options are wrong or contradict each other."""
         if (self.train_file is None) != (self.validation_file is None):
             raise ValueError("--train_file and --validation_file belong together: pass both")
-        for name in ("max_length", "max_answer_length", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be greater than 0")
-        if self.stride < 0:
-            raise ValueError(f"--stride {self.stride} must not be negative")
 
     def fill_in(self, task: SquadTask) -> None:
         """Gives every option left out the default of `task`."""

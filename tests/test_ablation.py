@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -31,6 +33,7 @@ def row(task, method, seed, score, teacher=0.9, flips=0.2, loss=None):
         method=method,
         seed=seed,
         metric="accuracy",
+        scored="packed",
         score=score,
         teacher=teacher,
         loss=2 - score if loss is None else loss,
@@ -134,6 +137,17 @@ def test_the_row_of_a_run():
     found = row_of("mrpc", "bit", 7, RESULTS)
     assert (found.metric, found.score, found.teacher, found.steps, found.seconds) == ("accuracy", 0.8, 0.9, 30, 10.0)
     assert (found.loss, found.flips, found.late_flips, found.flip_backs) == (1.5, 0.2, 1e-4, 0.01)
+    assert found.scored == "packed"
+
+
+def test_a_run_that_packs_nothing_counts_with_its_latent_model():
+    scores = {"teacher": {"accuracy": 0.9}, "latent": {"accuracy": 0.7}}
+    found = row_of("sst2", "bit-released", 7, {**RESULTS, "scores": scores, "not_packed": "why"})
+    assert (found.scored, found.score) == ("latent", 0.7)
+    rows = [row("sst2", "bit", 1, 0.8), replace(found, seed=1)]
+    text = ablation.report(rows, ["sst2"], ["bit", "bit-released"], "bit", ["--tasks", "sst2"], {})
+    assert "of the latent ones for bit-released, whose signs have three values" in text
+    assert cells(text)["bit-released"][1] == "-0.1000" and "latent ones" not in ablation.scored(rows[:1])
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -164,13 +178,11 @@ def test_plots_of_an_incomplete_grid(tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_one_of_glue_py_and_a_rule_decides_over_its_preset(name):
     method = METHODS[name]
-    packable = ["--ties", "up"] if "released" in name else []  # as the message of glue.py says
-    binary = parse_arguments(method.argv() + packable).binary
+    binary = parse_arguments(method.argv()).binary
     config, rule = binary.config(), RULES.get(method.rule, {})
     assert binary.preset == method.preset
     expected = {**CONFIGS.get(method.preset, {}), **{key: str(value) for key, value in rule.items()}}
     expected |= {"balance_value": 2e-4} if method.rule == "const-2e-4" else {}
-    expected |= {"ties": "up"} if packable else {}
     assert {key: getattr(config, key) for key in expected} == expected
     assert set(rule) >= {"weight_scale", "balance_rule"} or not rule, "else the preset would show through"
 
@@ -212,7 +224,7 @@ def test_wrong_options_are_explained(options, complaint, capsys):
             ["--methods", "bit", "--", "--attention", "bool", "--activation_bits", "8"],
             "attention='bool' goes with 1-bit",
         ),
-        (["--methods", "bit", "bit-released"], "--preset bit-released trains but cannot be packed"),
+        (["--methods", "bit", "bit-released", "--", "--lora"], "--lora does nothing without a packed model"),
     ],
 )
 def test_what_glue_py_would_refuse_is_refused_before_anything_starts(options, complaint, capsys, tmp_path):
@@ -399,6 +411,77 @@ def test_runs_of_several_processes(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
 
 
+def test_a_launcher_of_several_processes_is_refused(grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        SystemExit, match=r"each would run this grid: start it with `python` alone. --processes 2 gives"
+    ):
+        grid()
+    assert not (tmp_path / "out").exists()
+
+
+ENVIRONMENT_STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+(folder / f"{name}.running").touch()
+while len(list(folder.glob("*.running"))) < 2:  # until there are two at the same time
+    time.sleep(0.01)
+(folder / f"{name}.json").write_text(json.dumps(dict(os.environ)))
+"""
+
+
+def environments(launcher, folder: Path, names: str) -> list[dict[str, str]]:
+    """The environments of processes that a launcher starts."""
+    (folder / "script.py").write_text(ENVIRONMENT_STAND_IN)
+    outcomes = launcher.attempt(lambda name: launcher.start("script.py", [str(folder), name], folder / name), names)
+    assert [failure for _, failure in outcomes] == [None] * len(names)
+    return [json.loads((folder / f"{name}.json").read_text()) for name in names]
+
+
+def test_runs_share_out_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_runs, "RECIPES", tmp_path)
+    first, second, *_ = found = environments(Launcher(jobs=2, gpus=("3", "GPU-5e")), tmp_path, "abcd")
+    assert {first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]} == {"3", "GPU-5e"}
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in found} == {"3", "GPU-5e"}
+    assert [one["OMP_NUM_THREADS"] for one in found] == ["1"] * 4
+
+
+def test_more_jobs_than_gpus_take_turns_and_without_gpus_nothing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_runs, "RECIPES", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    for gpus, seen in ((("0",), {"0"}), ((), {"7"})):
+        found = environments(Launcher(jobs=2, gpus=gpus), tmp_path, "ab")
+        assert {one["CUDA_VISIBLE_DEVICES"] for one in found} == seen
+
+
+def test_the_names_of_the_gpus_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ablation_runs.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f")
+    assert ablation_runs.visible_gpus() == ["5", "GPU-8f"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ablation_runs.visible_gpus() == []
+
+
+def test_runs_do_not_take_the_launcher_of_the_grid_for_theirs(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_runs, "RECIPES", tmp_path)
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    told |= {"ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    for name, value in {**told, "ACCELERATE_USE_CPU": "true", "MINE": "kept"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "a.running").touch()
+    (tmp_path / "b.running").touch()
+    (found,) = environments(Launcher(), tmp_path, "a")
+    assert not told.keys() & found.keys() and found["ACCELERATE_USE_CPU"] == "true" and found["MINE"] == "kept"
+    for name in told.keys() - {"OMP_NUM_THREADS"}:
+        monkeypatch.delenv(name)
+    (found,) = environments(Launcher(), tmp_path, "a")
+    assert found["OMP_NUM_THREADS"] == "1", "somebody's own choice"
+
+
 def test_all_failed(grid, tmp_path):
     for task in ("sst2", "mrpc"):
         touch(tmp_path / "out" / "teachers" / f"{task}.broken")
@@ -470,3 +553,20 @@ def test_a_grid_of_two_tasks_with_and_without_a_teacher(tmp_path, monkeypatch, c
     log = (tmp_path / "out" / "sst2" / "bwn-1.log").read_text()
     assert log.count("latent: already complete") == log.count("packed: already complete") == 1
     assert {path: path.stat().st_mtime_ns for path in results} == results
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes_really(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    write_sst2(tmp_path / "glue" / "SST-2")
+    save_teacher(tmp_path / "teacher")
+    options = ["--tasks", "sst2", "--methods", "bwn", "--seeds", "1", "--data_dir", str(tmp_path / "glue")]
+    options += ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "out"), "--processes", "2"]
+    ablation.main([*options, "--", "--max_steps", "2", "--max_train_samples", "64"])
+    results = json.loads((tmp_path / "out" / "sst2" / "bwn-1" / "results.json").read_text())
+    assert results["processes"] == 2 and results["steps"] == {"latent": 2}
+    assert "accelerate launch --multi_gpu --num_processes 2 recipes/glue.py --task sst2" in results["command"]
+    before = (tmp_path / "out" / "sst2" / "bwn-1" / "results.json").stat().st_mtime_ns
+    ablation.main([*options, "--", "--max_steps", "2", "--max_train_samples", "64"])
+    assert (tmp_path / "out" / "sst2" / "bwn-1" / "results.json").stat().st_mtime_ns == before

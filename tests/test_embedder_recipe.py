@@ -186,6 +186,19 @@ def test_the_student_follows_its_teacher(finished, teacher):
     assert distance["after"] < 0.5 * distance["before"]
 
 
+def test_signs_of_three_values_are_scored_and_not_packed(finished, tmp_path, capsys):
+    rerun(tmp_path, finished, "--preset", "bit-released", "--pooler", "false", "--epochs", "1")
+    results = read_json(tmp_path / "results.json")
+    assert set(results["scores"]) == {"teacher", "latent"} and results["not_packed"].startswith("ties='released'")
+    assert results["scores"]["teacher"] == finished.results["scores"]["teacher"]
+    first, second = embeddings(tmp_path / "latent")
+    labels = [likeness(*pair) for pair in DEV]
+    assert results["scores"]["latent"]["spearman_cosine"] == pytest.approx(
+        spearmanr(labels, (first * second).sum(1))[0], abs=1e-5
+    )
+    assert not (tmp_path / "packed").exists() and "There is no packed model" in capsys.readouterr().out
+
+
 def test_results_and_folder(finished):
     results = finished.results
     assert results["task"] == "embedder" and results["examples"] == {"train": 48, "validation": len(DEV)}

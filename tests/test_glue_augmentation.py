@@ -26,6 +26,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    CanineTokenizer,
     GPT2Config,
     GPT2Model,
     PreTrainedTokenizerFast,
@@ -363,8 +364,9 @@ def job_of(folder: Path, tokenizer, source: str, *options: object, task: str = "
             for seed, name in enumerate(("train", "validation"))
         }
     )
-    options = ("--task", task, "--augment", 2, "--augmentation_candidates", 4, *options)
-    arguments = options_of(*options, "--model_name_or_path", source)
+    arguments = options_of("--task", task, "--augment", 2, *options, "--model_name_or_path", source)
+    if "--augmentation_candidates" not in options:
+        arguments.augmentation.augmentation_candidates = 4
     run = RunFolder(folder)
     return GlueJob(arguments, get_task(task), data, tokenizer, run, run.folder("teacher"), PartialState(cpu=True))
 
@@ -486,11 +488,34 @@ def test_a_tokenizer_without_a_mask_has_no_use_for_a_head(tokenizer, masked_lm, 
 
 def test_a_model_asked_for_must_have_a_head(tmp_path, tokenizer, with_head, without_head):
     check_augmentation(job_of(tmp_path, tokenizer, without_head, "--augmentation_model", with_head))
-    check_augmentation(job_of(tmp_path, tokenizer, "no/such-model"))
+    check_augmentation(job_of(tmp_path, tokenizer, "no/such-model", "--augment", 0))
     with pytest.raises(SystemExit, match=r"cannot be used: it has no masked-language-model head .* Pass a masked"):
         check_augmentation(job_of(tmp_path, tokenizer, with_head, "--augmentation_model", without_head))
     with pytest.raises(SystemExit, match="no/such-model cannot be loaded"):
         check_augmentation(job_of(tmp_path, tokenizer, with_head, "--augmentation_model", "no/such-model"))
+
+
+def test_a_vocabulary_or_tokenizer_without_use_is_refused_before_the_teacher_is_trained(
+    tmp_path, tokenizer, with_head, without_head
+):
+    """Also where it is the pretrained encoder, or the demo, that replaces words."""
+    too_many = ("--augmentation_candidates", 16)
+    for source in (with_head, without_head):
+        check_augmentation(job_of(tmp_path, tokenizer, source))
+        with pytest.raises(SystemExit, match=rf"--augmentation_candidates 16 needs .* that of {source} has 16"):
+            check_augmentation(job_of(tmp_path, tokenizer, source, *too_many))
+    demo = job_of(tmp_path, tokenizer, with_head, *too_many)
+    demo.arguments.teacher.model_name_or_path = None
+    with pytest.raises(SystemExit, match="that of the demo has 16"):
+        check_augmentation(demo)
+    demo.arguments.augmentation.augmentation_candidates = 4
+    check_augmentation(demo)
+    with pytest.raises(SystemExit, match="no/such-model cannot be loaded"):
+        check_augmentation(job_of(tmp_path, tokenizer, "no/such-model"))
+    slow = save(tmp_path / "slow", tiny(BertForMaskedLM, tokenizer), CanineTokenizer())
+    with pytest.raises(SystemExit, match=f"needs a fast tokenizer.* that of {slow} is CanineTokenizer"):
+        check_augmentation(job_of(tmp_path, tokenizer, slow))
+    assert not (tmp_path / "teacher").exists()
 
 
 def test_the_model_asked_for_is_the_one_in_use(tmp_path, tokenizer, with_head, without_head):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 import rebnn_hf
 from rebnn_hf import kernels
@@ -54,6 +56,7 @@ from glue_training import (
     LengthGroupedSampler,
     log_line,
 )
+from hub_server import Hub, Repo, serving
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "glue.py"
@@ -309,6 +312,9 @@ def test_two_processes_train_the_same_model(finished, tmp_path):
     assert not list(folder.rglob("*.draft"))
     results = read_json(folder / "results.json")
     assert output.count("packed: started") == 1 and results["processes"] == 2
+    typed = shlex.join(["recipes/glue.py", "--output_dir", str(folder), *options])
+    assert results["command"] == f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 {typed}"
+    assert results["command"] in (folder / "packed" / "README.md").read_text()
     assert results["scores"]["packed"]["accuracy"] == pytest.approx(accuracy(folder / "packed"))
     assert results["scores"]["teacher"] == finished.results["scores"]["teacher"]
 
@@ -445,6 +451,59 @@ def test_interrupted_fine_tunings_continue_to_the_same_average(soup, tmp_path, m
     ]
 
 
+# ---------------------------------------------------------------------------------- a step in parts, and in less memory
+
+MEANS = ["--hidden_weight", "0", "--label_weight", "1", "--logits_loss", "mse"]  # means over examples, however split
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run of a few steps, each of a whole batch."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    rerun(folder, *FEW, *MEANS)
+    return folder
+
+
+def logged(folder: Path, stage: str) -> list[tuple[float, float]]:
+    """Loss and norm of the gradients in every step."""
+    history = read_json(folder / stage / STATE_FILE)["log_history"]
+    return [(log["loss"], log["grad_norm"]) for log in history if "loss" in log]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(parts, plain, tmp_path):
+    """The same examples in every step, and the mean of their losses, to rounding."""
+    rerun(tmp_path, *FEW, *MEANS, "--gradient_accumulation_steps", str(parts))
+    assert read_json(tmp_path / "results.json")["steps"] == read_json(plain / "results.json")["steps"]
+    for stage in ("teacher", "latent"):
+        expected, found = logged(plain, stage), logged(tmp_path, stage)
+        assert len(found) == len(expected) > 1
+        np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=stage)
+        assert_equal(weights(tmp_path / stage), weights(plain / stage), within=2e-5)
+
+
+def test_parts_belong_to_the_settings(plain):
+    with pytest.raises(SystemExit, match="gradient_accumulation_steps: 1 -> 2"):
+        rerun(plain, *FEW, *MEANS, "--gradient_accumulation_steps", "2")
+    with pytest.raises(SystemExit, match=r"--batch_size 6 .* must be a multiple of 1 x 4, their numbers"):
+        rerun(plain, *FEW, *MEANS, "--batch_size", "6", "--gradient_accumulation_steps", "4")
+
+
+def test_activations_that_are_computed_again_change_nothing(plain, tmp_path, monkeypatch):
+    calls, forward = [], BertIntermediate.forward
+    monkeypatch.setattr(
+        BertIntermediate, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
+    rerun(tmp_path / "plain", *FEW, *MEANS)
+    count = len(calls)
+    rerun(tmp_path / "again", *FEW, *MEANS, "--gradient_checkpointing")
+    layers = demo_model_config(10).num_hidden_layers
+    assert len(calls) - 2 * count == (4 + 2) * layers, "once more in each step of teacher and student"
+    for stage in STAGES:
+        assert_equal(weights(tmp_path / "again" / stage), weights(plain / stage))
+    rerun(plain, *FEW, *MEANS, "--gradient_checkpointing")  # no setting: nothing is done again
+
+
 # ------------------------------------------------------------------------------------------- an adapter on the bits
 
 LORA = ["--lora", "4", "--lora_learning_rate", "3e-3"]
@@ -574,6 +633,24 @@ def test_missing_model_exits_with_one_sentence_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_the_hub_without_safetensors_is_refused_with_the_remedy(finished, tmp_path):
+    (tmp_path / "hub").mkdir()
+    hub = Hub(tmp_path / "hub", {})
+    hub.repos["user/pickled"] = Repo()
+    contents = {path.name: path.read_bytes() for path in (finished.folder / "teacher").glob("*.json")}
+    contents |= {"pytorch_model.bin": b"a pickle"}
+    hub.repos["user/pickled"].commit("main", {name: hub.store(text) for name, text in contents.items()}, "all")
+    options = [*custom_files(tmp_path), "--teacher", "user/pickled"]
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with serving(hub) as url:
+        process = start(tmp_path / "run", *options, HF_ENDPOINT=url, **settings)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "--teacher user/pickled has no safetensors file" in errors and "save_pretrained(FOLDER)" in errors
+    assert not (tmp_path / "run").exists()
+    assert not any(request.endswith("pytorch_model.bin") for request in hub.requests)
+
+
 def custom_files(folder: Path) -> list[str]:
     rows = demo_dataset(train_size=64, validation_size=32)
     options = []
@@ -596,7 +673,10 @@ def test_cores_that_are_left_idle_are_named_with_the_remedy(processes, threads, 
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: cores)
     hint_at_idle_cores(SimpleNamespace(device=torch.device("cpu"), num_processes=processes, print=print))
     said = capsys.readouterr().out
-    assert (f"--num_cpu_threads_per_process {hint} " in said) if hint else not said
+    launch = "accelerate launch"
+    if processes > 1:
+        launch = f"ACCELERATE_USE_CPU=true {launch} --multi_gpu --num_processes {processes}"
+    assert (f": {launch} --num_cpu_threads_per_process {hint} uses them\n" in said) if hint else not said
 
 
 def test_idle_cores_do_not_matter_on_another_device(capsys):
@@ -604,9 +684,10 @@ def test_idle_cores_do_not_matter_on_another_device(capsys):
     assert not capsys.readouterr().out
 
 
-def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path):
+def test_files_of_ones_own_with_a_given_teacher(finished, tmp_path, capsys):
     given = finished.folder / "teacher"
     rerun(tmp_path / "run", *custom_files(tmp_path), "--teacher", str(given), "--max_steps", "2", "--bf16")
+    assert "custom: single sentences, 2 classes (negative, positive)" in capsys.readouterr().out.splitlines()
     results = read_json(tmp_path / "run" / "results.json")
     assert results["task"] == "custom" and results["examples"] == {"train": 64, "validation": 32, "test": 5}
     assert results["steps"] == {"latent": 2} and not (tmp_path / "run" / "teacher").exists()
@@ -710,10 +791,29 @@ def test_an_architecture_that_cannot_be_binarized_is_refused_before_its_teacher_
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_presets_that_cannot_be_packed_are_refused_before_training(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--preset", "bit-released"])
-    assert "--preset bit-released trains but cannot be packed" in capsys.readouterr().err
+@pytest.mark.parametrize("preset", ["bit-released", "bibert-released"])
+def test_signs_of_three_values_are_scored_and_not_packed(preset, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = [*custom_files(tmp_path), "--teacher", str(finished.folder / "teacher"), "--preset", preset]
+    options += ["--max_steps", "2"]
+    rerun(folder, *options)
+    results = read_json(folder / "results.json")
+    assert results["not_packed"].startswith("ties='released' has sign(0) = 0, a third value")
+    assert not {"ratio", "max_logit_difference", "size"} & set(results)
+    assert set(results["scores"]) == set(results["bytes"]) == {"teacher", "latent"}
+    assert results["config"]["ties"] == "released" and results["config"]["state"] == "latent"
+    latent = AutoModelForSequenceClassification.from_pretrained(folder / "latent")
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder / "latent"), demo_dataset(64, 32)["validation"][:32]
+    with torch.no_grad():
+        logits = latent(**tokenizer(rows["sentence1"], padding=True, return_tensors="pt")).logits
+    right = (logits.argmax(-1) == torch.tensor(rows["label"])).float().mean().item()
+    assert results["scores"]["latent"]["accuracy"] == pytest.approx(right)
+    assert not (folder / "packed").exists() and len(list((folder / "predictions").iterdir())) == 1
+    output = capsys.readouterr().out
+    assert "| latent" in output and "There is no packed model: ties='released'" in output
+    before = stamps(folder)
+    rerun(folder, *options)
+    assert {name for name, stamp in stamps(folder).items() if stamp != before.get(name)} == {"settings.json"}
 
 
 def test_mnli_answers_the_diagnostic_set_too(finished, tmp_path):

@@ -16,7 +16,7 @@ from transformers import EvalPrediction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from glue_files import custom_task, load_files
+from glue_files import custom_task, describe, load_files
 from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
 from glue_tasks import TASKS, get_task, load_task, unify_hub_columns
 
@@ -304,6 +304,7 @@ def test_csv_with_named_classes(tmp_path):
     task = custom_task(dataset)
     assert (task.name, task.labels, task.metrics) == ("custom", ("mid", "neg", "pos"), ("accuracy",))
     assert (task.metric_configuration, task.sentence_columns) == ("classification", ("sentence1",))
+    assert describe(task) == "custom: single sentences, 3 classes (mid, neg, pos)"
 
 
 def test_whole_numbers_are_classes_in_numeric_order(tmp_path):
@@ -327,6 +328,13 @@ def test_floats_mean_regression(tmp_path):
     task = custom_task(dataset)
     assert (task.num_labels, task.main_metric, task.metric_configuration) == (1, "pearson", "regression")
     assert task.sentence_columns == ("sentence1", "sentence2")
+    assert describe(task) == "custom: pairs of sentences, a number for each (regression)"
+
+
+def test_of_many_classes_some_are_named(tmp_path):
+    train = write(tmp_path / "train.csv", "text,label", *(f"a,{label}" for label in range(12)))
+    line = describe(custom_task(load_files(train, train)))
+    assert line == "custom: single sentences, 12 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"
 
 
 def test_a_labelled_test_file_keeps_its_labels(tmp_path):

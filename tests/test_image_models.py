@@ -145,7 +145,8 @@ def distilled(student, teacher, folder, **options):
     )
     trainer = ReBNNTrainer(model=student, teacher=teacher, args=arguments, train_dataset=data)
     trainer.train()
-    return [log for log in trainer.state.log_history if "loss" in log], torch.stack([item["pixel_values"] for item in data])
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    return steps, torch.stack([item["pixel_values"] for item in data])
 
 
 @pytest.mark.parametrize("name", MODELS)

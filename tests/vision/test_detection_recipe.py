@@ -278,6 +278,10 @@ def test_a_classifier_of_stage_one_goes_through_both_stages(tmp_path):
         (["--workers", "-1"], "must not be negative"),
         (["--max_eval_samples", "0"], "--max_eval_samples 0 must be greater than 0"),
         (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
+        (["--balance_value", "1e-4"], "--balance_value 1e-4 does nothing without --balance_rule const"),
+        (["--balance_strength", "2"], "--balance_strength 2 does nothing without --balance_form decoupled"),
+        (["--max_steps", "0"], "--max_steps 0 must be greater than 0, or -1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 must be greater than 0"),
     ],
 )
 def test_wrong_options_are_explained(options, complaint, capsys):

@@ -326,6 +326,10 @@ def test_what_is_no_folder_of_images_is_refused_in_one_sentence(folder, tmp_path
         (["--ema", "1"], "--ema 1.0 is a decay: more than 0 and less than 1"),
         (["--stem", "small"], "invalid choice"),
         (["--balance_rule", "const", "--balance_value", "-1"], "must be"),
+        (["--balance_value", "1e-4"], "--balance_value 1e-4 does nothing without --balance_rule const"),
+        (["--balance_strength", "2"], "--balance_strength 2 does nothing without --balance_form decoupled"),
+        (["--max_steps", "0"], "--max_steps 0 must be greater than 0, or -1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0 must be greater than 0"),
         (["--balance", "const"], "unrecognized"),
     ],
 )
