@@ -324,7 +324,7 @@ def start_process() -> PartialState:
 
 
 def hint_at_idle_cores(process: PartialState) -> None:
-    """Says how to use all cores: `accelerate launch` gives a process on a CPU one thread if it is not told otherwise."""
+    """Says how to use all cores: `accelerate launch` gives a process on a CPU one thread if not told otherwise."""
     threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
     if process.device.type == "cpu" and process.num_processes * threads < cores:
         each = cores // process.num_processes
