@@ -48,3 +48,12 @@ def test_every_tox_environment_is_run():
 def test_image_models_are_tested_on_new_releases_of_timm():
     vision = pyproject()["tool"]["tox"]["env"]["vision"]
     assert "tests/vision" in vision["commands"][0] and "detection" in vision["extras"] and "deps" not in vision
+
+
+def test_what_users_see_is_type_checked_in_full():
+    """Errors that follow from how torch types its modules are passed over inside the package alone."""
+    settings = pyproject()["tool"]["mypy"]
+    assert "disable_error_code" not in settings and settings["warn_unused_ignores"]
+    assert [override["module"] for override in settings["overrides"]] == ["rebnn_hf.*"]
+    *_, typed_usage = pyproject()["tool"]["tox"]["env"]["types"]["commands"]
+    assert {"--strict", "tests/typed_usage.py"} <= set(typed_usage)
