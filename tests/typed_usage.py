@@ -32,7 +32,7 @@ def misuse(model: PreTrainedModel) -> None:
     rebnn_hf.binarize(model, "rebnn-w1a32")  # type: ignore[arg-type]
     rebnn_hf.binarise(model)  # type: ignore[attr-defined]
     rebnn_hf.rebinarize(model)  # type: ignore[call-arg]
-    rebnn_hf.selected_modules(model).packed  # type: ignore[attr-defined]
+    print(rebnn_hf.selected_modules(model).packed)  # type: ignore[attr-defined]
     len(rebnn_hf.stage_conflict(rebnn_hf.ReBNNConfig(), rebnn_hf.ReBNNConfig()))  # type: ignore[arg-type]
     flips: int = rebnn_hf.is_fused(model) + "0"  # type: ignore[operator]
     print(flips)
