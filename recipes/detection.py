@@ -27,6 +27,7 @@ from detection_report import print_summary, write_report
 from detection_scores import Scores
 from detection_training import BinaryDetectionTrainer, DetectionTrainer, largest_difference
 from glue import save, train_logged, trained_record, training_arguments
+from glue_report import is_reported
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import rebnn_hf
@@ -49,7 +50,7 @@ def run_stages(job: DetectionJob) -> None:
     for stage in job.run.stages:
         job.stage(stage, actions[stage])
     if job.process.is_main_process:
-        if job.run.results() is None:
+        if not is_reported(job):
             write_report(job)
         print_summary(job.run.results())
     job.process.wait_for_everyone()

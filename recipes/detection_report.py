@@ -130,6 +130,7 @@ def card_metadata(job: DetectionJob, results: dict[str, Any]) -> ModelCardData:
     return ModelCardData(
         eval_results=scores,
         library_name=job.library_name,
+        license=job.arguments.run.license,
         metrics=list(job.task.metrics),
         model_name=job.model_name,
         pipeline_tag=job.pipeline_tag,

@@ -28,7 +28,7 @@ from glue_augmentation import check_augmentation, student_tokens
 from glue_files import describe
 from glue_grammar import demo_model_config
 from glue_job import GlueJob, Job, Logits, load_pretrained, parts, prepare
-from glue_report import print_summary, write_report
+from glue_report import is_reported, print_summary, write_report
 from glue_tasks import Task
 from glue_training import (
     DIVERGED,
@@ -389,7 +389,7 @@ def train_adapter(job: Job) -> dict[str, Any]:
 def report(job: Job) -> None:
     """Writes and prints the results, unless a finished run left them."""
     if job.process.is_main_process:
-        if job.run.results() is None:
+        if not is_reported(job):
             write_report(job)
         print_summary(job.run.results())
     job.process.wait_for_everyone()

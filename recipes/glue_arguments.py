@@ -291,6 +291,7 @@ class RunArguments:
     save_steps: int = option("steps between checkpoints", default=500)
     logging_steps: int = option("steps between log lines", default=50)
     report_to: str = option("`none`, `tensorboard`, `wandb`, ...", default="none")
+    license: str | None = option("of the models, for their cards, as the Hub spells it, e.g. apache-2.0; default: none")
 
     def settings(self) -> dict[str, Any]:
         """The options that shape the models."""

@@ -48,6 +48,12 @@ def draw_training(job: Job) -> None:
     plot_latent_weights(job.load(latent), root / "weights.png")
 
 
+def is_reported(job: Any) -> bool:
+    """Whether a finished run left its report, with the licence that is asked for now."""
+    results = job.run.results()
+    return results is not None and results["arguments"].get("license") == job.arguments.run.license
+
+
 def collect(job: Job) -> dict[str, Any]:
     """The results of a run whose stages are complete."""
     records = job.run.records()
@@ -232,6 +238,8 @@ def card(job: Job, results: dict[str, Any]) -> ModelCard:
         command=results["command"],
         tags=["binary-neural-network"],
         base_model=job.origin,
+        base_model_relation="quantized" if job.origin else None,
+        license=job.arguments.run.license,
         datasets=[task.hub_dataset] if task.hub_dataset else None,
         language=task.language,
         library_name=job.library_name,
@@ -253,8 +261,8 @@ most {results["max_logit_difference"]:.1g}. It ran on {hardware["accelerator"] o
 
 
 def adapter_card(job: Job, results: dict[str, Any]) -> ModelCard:
-    """The card of the adapter's folder."""
-    metadata = ModelCardData(base_model=job.model_name, library_name="peft", tags=["lora", "rebnn"])
+    """The card of the adapter's folder; under which name its base will be published, nobody knows yet."""
+    metadata = ModelCardData(library_name="peft", license=job.arguments.run.license, tags=["lora", "rebnn"])
     return ModelCard(f"""---
 {metadata.to_yaml()}
 ---

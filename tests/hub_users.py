@@ -10,19 +10,18 @@ import importlib.abc
 import json
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub import HfApi, get_session
+from pages import python_blocks
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 4, 3]])
 SENTENCE = "a fine film"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fine", "film", "an", "awful", "one"]
-HUB_PAGE = Path(__file__).parents[1] / "docs" / "hub.md"
 load = AutoModelForSequenceClassification.from_pretrained
 
 
@@ -73,8 +72,8 @@ def publish(folder: Path) -> dict:
     os.chdir(folder)
     teacher.push_to_hub("user/teacher")
     names = {"student": student, "tokenizer": tokenizer}
-    for block in re.findall(r"```python\n(.*?)```", HUB_PAGE.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, HUB_PAGE.name, "exec"), names)
+    for block in python_blocks("hub.md"):
+        exec(compile(block, "hub.md", "exec"), names)
     logits = {"user/model": answers(student), "docs": answers(names["model"])}
     classified = names["classify"](SENTENCE)
 

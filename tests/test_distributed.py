@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from pages import run_page
 from test_trainer import Sentences, assert_same, bert, trainer_for
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -72,6 +73,7 @@ def _work(rank, world, port, folder):
         found["resumed"] = resume(folder)
     for name, config in RULES.items():
         found["fsdp", name] = train_sharded(config, rank, world)
+    found["page"] = train_by_the_page(rank, world)
     found["nan"] = step_with_nan(rank, world)
     found["refused"] = refused_shards(world)
     torch.save(found, folder / f"{rank}.pt")
@@ -296,7 +298,22 @@ def train_sharded(config, rank=0, world=1):
     """Steps of a loop of one's own; with several processes the weights are sharded."""
     model = latent(config) if world == 1 else sharded(latent(config), world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    resilience, logs = rebnn_hf.attach(optimizer, model), []
+    return take_steps(model, optimizer, rebnn_hf.attach(optimizer, model), rank, world)
+
+
+def train_by_the_page(rank=0, world=1):
+    """The same by the code of docs/distributed.md; of one process, without sharding."""
+    model = latent(ReBNNConfig())
+    if world == 1:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return take_steps(model, optimizer, rebnn_hf.attach(optimizer, model))
+    names = run_page("distributed.md", {"model": model, "mesh": init_device_mesh("cpu", (world,))})
+    return take_steps(names["model"], names["optimizer"], names["resilience"], rank, world)
+
+
+def take_steps(model, optimizer, resilience, rank=0, world=1):
+    """Final state, the logs of every step, and how much of a weight lies in this process at most."""
+    logs = []
     for batch in batches(rank, world):
         model(**batch).loss.backward()
         optimizer.step()
@@ -370,6 +387,14 @@ def test_sharded_training_takes_the_steps_of_one_process(rule, processes, tmp_pa
     for name, value in packed[0].items():
         exact = value.dtype == torch.uint8
         torch.testing.assert_close(packed[1][name], value, rtol=0 if exact else 1e-9, atol=0 if exact else 1e-10)
+
+
+@pytest.mark.slow
+def test_the_page_shards_and_takes_the_steps_of_one_process(processes):
+    expected = train_by_the_page()
+    for found in results(processes):
+        assert_agree(found["page"], expected)
+        assert found["page"]["largest_share"] < 0.6
 
 
 def test_a_nan_on_one_process_stops_all_of_them_before_the_step(processes):

@@ -220,6 +220,7 @@ def test_model_card_and_its_code(finished, capsys):
     scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert scores == pytest.approx(finished.results["scores"]["packed"], abs=1e-4)
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert card.data.base_model_relation == "quantized" and card.data.base_model
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(compile(code.replace("path/to/this/folder", str(finished.folder / "packed")), "README.md", "exec"), {})
     assert "tensor([[1.0" in capsys.readouterr().out

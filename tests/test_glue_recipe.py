@@ -198,6 +198,17 @@ def test_model_card(finished):
     assert "PackedLinear" in card.text
 
 
+def test_cards_say_where_the_model_comes_from_and_the_licence(copied):
+    """Also where the licence is thought of when everything is done."""
+    assert "license" not in ModelCard.load(copied / "packed" / "README.md").data.to_dict()
+    before = {name: stamp for name, stamp in stamps(copied).items() if name.endswith(".safetensors")}
+    rerun(copied, *SMALL, "--license", "apache-2.0")
+    card = ModelCard.load(copied / "packed" / "README.md")
+    assert card.data.license == "apache-2.0" and "--license apache-2.0" in card.text
+    assert "base_model" not in card.data.to_dict(), "the demo is trained from nothing"
+    assert {name: stamp for name, stamp in stamps(copied).items() if name in before} == before
+
+
 # ----------------------------------------------------------------------------------------------------- running again
 
 
@@ -607,12 +618,17 @@ def test_an_interrupted_adapter_continues_to_the_same_weights(adapted, tmp_path,
 def test_an_adapter_on_a_fully_binary_base_in_half_precision(finished, tmp_path):
     """With the losses of BiBERT, which look at queries, keys and values inside the adapters."""
     options = [*custom_files(tmp_path), "--teacher", str(finished.folder / "teacher"), "--max_steps", "2", "--lora"]
-    options += ["--preset", "rebnn-bibert-w1a1", "--packed_dtype", "float16", "--augment", "1"]
+    options += ["--preset", "rebnn-bibert-w1a1", "--packed_dtype", "float16", "--augment", "1", "--license", "mit"]
     rerun(tmp_path / "run", *options)
     results = read_json(tmp_path / "run" / "results.json")
     assert results["adapter"]["rank"] == 8 and results["steps"] == {"latent": 2, "adapter": 2}
     log = read_json(tmp_path / "run" / "adapter" / STATE_FILE)["log_history"]
     assert "loss_relations" in log[0] and not any("flip" in name for name in log[0])
+    packed, adapter = (
+        ModelCard.load(tmp_path / "run" / stage / "README.md").data.to_dict() for stage in ("packed", "adapter")
+    )
+    assert (packed["base_model"], packed["base_model_relation"], packed["license"]) == ("teacher", "quantized", "mit")
+    assert adapter["license"] == "mit" and "base_model" not in adapter, "what the packed model will be called"
 
 
 # ------------------------------------------------------------------------------------------------- data and mistakes

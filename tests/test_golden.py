@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import python_blocks, text
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -18,7 +19,7 @@ from rebnn_hf.config import FORMAT_VERSION
 from rebnn_hf.layers import PACKED_TYPES
 
 TESTS = Path(__file__).parent
-FORMAT = (TESTS.parent / "docs" / "format.md").read_text()
+FORMAT = text("format.md")
 BLOCK = "bert.encoder.layer.0"
 WIDTHS = {  # module: signs in a row
     "bert.embeddings.word_embeddings": 12,
@@ -84,9 +85,9 @@ def test_loads_with_the_stored_logits(folder, expected):
 def test_loaded_bits_are_the_stored_bytes(folder, expected, raw):
     state = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
     assert expected["bits"].keys() == {f"{module}.weight" for module in WIDTHS}
-    for name, text in expected["bits"].items():
-        assert state[name].numpy().tobytes().hex() == text
-        assert raw[name][2].hex() == text
+    for name, bits in expected["bits"].items():
+        assert state[name].numpy().tobytes().hex() == bits
+        assert raw[name][2].hex() == bits
 
 
 def test_file_decoded_by_hand_holds_the_signs_and_scales_of_the_formula(raw, latent):
@@ -133,7 +134,7 @@ def test_the_same_model_is_written_the_same_way_today(maker, folder, tmp_path, e
 
 
 def test_the_reader_in_the_specification_reads_the_golden_file(folder, latent):
-    (code,) = re.findall(r"```python\n(.*?)```", FORMAT, re.DOTALL)
+    (code,) = python_blocks("format.md")
     scope = {}
     exec(code, scope)
     for module, width in WIDTHS.items():
@@ -147,8 +148,8 @@ def test_the_reader_in_the_specification_reads_the_golden_file(folder, latent):
 
 
 def test_the_example_in_the_specification():
-    text, first, second = re.search(r"signs `([-+ |]+)` are the bytes `(0x\w\w) (0x\w\w)`", FORMAT).groups()
-    signs = [1.0 if char == "+" else -1.0 for char in text if char in "+-"]
+    shown, first, second = re.search(r"signs `([-+ |]+)` are the bytes `(0x\w\w) (0x\w\w)`", FORMAT).groups()
+    signs = [1.0 if char == "+" else -1.0 for char in shown if char in "+-"]
     assert len(signs) == 10
     assert signs_by_hand([int(first, 16), int(second, 16)], 10) == signs
 

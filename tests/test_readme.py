@@ -1,17 +1,16 @@
 """README's example code runs as printed, and its commands are the ones CI runs."""
 
 import re
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from pages import PAGES, ROOT, python_blocks, text
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from rebnn_hf import PackedLinear
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = text("README.md")
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
@@ -20,7 +19,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     BertForSequenceClassification(config).save_pretrained(tmp_path / "float")
     sentences = [{"input_ids": [5, 6, 7 + index % 9], "labels": index % 2} for index in range(32)]
     monkeypatch.chdir(tmp_path)
-    code, adapters, _images = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the last one: tests/vision
+    code, adapters, _images = python_blocks("README.md")  # the last one: tests/vision
     names = {"fine_tuned": str(tmp_path / "float"), "train_dataset": Dataset.from_list(sentences)}
     exec(compile(code, "README.md", "exec"), names)
     exec(compile(adapters, "README.md", "exec"), names)
@@ -38,11 +37,11 @@ def test_ci_runs_the_test_command(step):
 
 
 def test_no_placeholder_is_left():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        assert not re.search(r"TODO|TBD|XXX|RESULTS_TABLE", path.read_text(encoding="utf-8")), path
+    for page in PAGES:
+        assert not re.search(r"TODO|TBD|XXX|RESULTS_TABLE", text(page)), page
 
 
 def test_links_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (path.parent / target).exists(), f"{path.name}: {target}"
+    for page, path in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text(page)):
+            assert target.startswith("http") or (path.parent / target).exists(), f"{page}: {target}"

@@ -124,7 +124,7 @@ class ReBNNQuantizer(HfQuantizer):
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     """An index of shards may name any file; what is read lies in the model's folder, and cannot run code."""
-    folder = os.path.abspath(model.name_or_path)
+    folder = os.path.abspath(model.name_or_path)  # type: ignore[type-var]  # from_pretrained has set it
     for file in map(os.path.abspath, files):
         if not file.endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file; rebnn checkpoints are, and others are not read.")

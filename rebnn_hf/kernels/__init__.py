@@ -29,6 +29,8 @@ from torch.nn import functional as F
 
 from . import cpu
 
+__all__ = ["backend", "set_backend", "use_backend"]  # what users call; the rest is for the layers of this package
+
 BACKENDS = ("auto", "reference", "cpu")
 ENVIRONMENT = "REBNN_BACKEND"
 

@@ -42,6 +42,8 @@ except ModuleNotFoundError as error:
         "rebnn_hf.vision.detection needs torchvision; install it with: pip install 'rebnn_hf[detection]'"
     ) from error
 
+__all__ = ["DetectorOutput", "FasterRCNNConfig", "FasterRCNNForObjectDetection", "load_classifier"]
+
 LEVELS = ("0", "1", "2", "3")
 """What torchvision calls the levels of the backbone, from fine to coarse; one more is pooled from the last."""
 

@@ -156,6 +156,12 @@ def test_losses_are_logged_by_part_and_the_card_says_what_is_one_bit(finished):
     )
 
 
+def test_the_card_gets_the_licence_also_later(copied):
+    assert "license" not in ModelCard.load(copied / "packed" / "README.md").data.to_dict()
+    run(copied, "--model", BACKBONE, "--license", "mit")
+    assert ModelCard.load(copied / "packed" / "README.md").data.license == "mit"
+
+
 def test_the_last_stage_begins_with_what_the_first_learned(finished):
     options = ["--output_dir", str(finished.folder), *SMALL, "--model", BACKBONE]
     job = detection.prepare_detection(parse_detection_arguments(options))
