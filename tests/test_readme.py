@@ -19,7 +19,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     BertForSequenceClassification(config).save_pretrained(tmp_path / "float")
     sentences = [{"input_ids": [5, 6, 7 + index % 9], "labels": index % 2} for index in range(32)]
     monkeypatch.chdir(tmp_path)
-    code, adapters, _images = python_blocks("README.md")  # the last one: tests/vision
+    code, adapters, *_images = python_blocks("README.md")  # the others: tests/vision
     names = {"fine_tuned": str(tmp_path / "float"), "train_dataset": Dataset.from_list(sentences)}
     exec(compile(code, "README.md", "exec"), names)
     exec(compile(adapters, "README.md", "exec"), names)

@@ -11,15 +11,17 @@ from rebnn_hf.convolutions import BinaryConv2d, PackedConv2d
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    *_text, code = python_blocks("README.md")
+    _text, _adapters, *codes = python_blocks("README.md")
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), names)
     model = names["model"].eval()
     assert sum(isinstance(module, BinaryConv2d) for module in model.modules()) == 16
     with torch.no_grad():
         logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 10) and not torch.equal(logits[0], logits[1])
-    assert sum(isinstance(module, PackedConv2d) for module in names["classifier"].modules()) == 16
+    for packed in (names["classifier"], names["network"]):
+        assert sum(isinstance(module, PackedConv2d) for module in packed.modules()) == 16
 
 
 def test_the_page_on_images_runs(tmp_path, monkeypatch, capsys):
