@@ -307,7 +307,8 @@ def train_by_the_page(rank=0, world=1):
     if world == 1:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         return take_steps(model, optimizer, rebnn_hf.attach(optimizer, model))
-    names = run_page("distributed.md", {"model": model, "mesh": init_device_mesh("cpu", (world,))})
+    given = {"model": model, "mesh": init_device_mesh("cpu", (world,)), "batch": next(batches(rank, world))}
+    names = run_page("distributed.md", given | {"accumulation": 1})
     return take_steps(names["model"], names["optimizer"], names["resilience"], rank, world)
 
 
