@@ -29,6 +29,8 @@ class ImageDataArguments:
 
     dataset: str | None = option("`digits`, which comes with scikit-learn, or a data set on the Hub; default: digits")
     data_dir: str | None = option("folder with train/CLASS/ and validation/CLASS/ (or val, test)")
+    image_column: str | None = option("of a --dataset with several columns of images")
+    label_column: str | None = option("of a --dataset with several columns of classes, such as fine and coarse ones")
     image_size: int | None = option("side of the images that the models see; default: the data set's or the teacher's")
     max_train_samples: int | None = option("train on this many images only (from all over the split)")
     max_eval_samples: int | None = option("evaluate on this many images only (from all over the split)")
@@ -38,6 +40,9 @@ class ImageDataArguments:
         """Raises a ValueError where options are wrong or contradict each other."""
         if self.dataset is not None and self.data_dir is not None:
             raise ValueError("--data_dir brings its own data set: leave out --dataset")
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None and self.dataset in (None, "digits"):
+                raise ValueError(f"--{name} {getattr(self, name)} does nothing without a --dataset of the Hub")
 
     def scoring(self) -> dict[str, Any]:
         """The options that shape the scores of the same models."""

@@ -80,7 +80,9 @@ DIGITS = {  # minutes on one core
 }
 
 
-def load_images(name: str, data_dir: str | None) -> tuple[ImageTask, DatasetDict]:
+def load_images(
+    name: str, data_dir: str | None, image_column: str | None = None, label_column: str | None = None
+) -> tuple[ImageTask, DatasetDict]:
     """The images of a folder if one is named, otherwise `digits` or a data set on the Hub.
 
     Raises:
@@ -91,7 +93,7 @@ def load_images(name: str, data_dir: str | None) -> tuple[ImageTask, DatasetDict
     elif name == "digits":
         data = digits()
     else:
-        data = load_hub(name)
+        data = load_hub(name, image_column, label_column)
     labels = tuple(data["train"].features["label"].names)
     task = ImageTask(
         name=Path(name).name,
@@ -140,8 +142,8 @@ def load_folder(folder: Path) -> DatasetDict:
     return in_our_columns(data, str(folder))
 
 
-def load_hub(name: str) -> DatasetDict:
-    """Images of a data set on the Hub.
+def load_hub(name: str, image_column: str | None = None, label_column: str | None = None) -> DatasetDict:
+    """Images of a data set on the Hub; the columns need names where there are several of a kind.
 
     Raises:
         ValueError: If it cannot be loaded, or holds no images with classes.
@@ -156,25 +158,34 @@ def load_hub(name: str) -> DatasetDict:
     validation = next((split for split in VALIDATION if split in data), None)
     if "train" not in data or validation is None:
         raise ValueError(f"{name} has the splits {', '.join(data)}: expected train and one of {', '.join(VALIDATION)}.")
-    return in_our_columns(DatasetDict(train=data["train"], validation=data[validation]), name)
+    return in_our_columns(
+        DatasetDict(train=data["train"], validation=data[validation]), name, image_column, label_column
+    )
 
 
-def in_our_columns(data: DatasetDict, source: str) -> DatasetDict:
+def in_our_columns(
+    data: DatasetDict, source: str, image_column: str | None = None, label_column: str | None = None
+) -> DatasetDict:
     """The data with its column of images called `image` and its column of classes called `label`.
 
     Raises:
-        ValueError: If there is not exactly one of each.
+        ValueError: If a column that was named is none of its kind, or there is not exactly one where none was named.
     """
     features = data["train"].features
     columns = {}
-    for name, kind in (("image", Image), ("label", ClassLabel)):
+    for name, kind, chosen in (("image", Image, image_column), ("label", ClassLabel, label_column)):
         found = [column for column, feature in features.items() if isinstance(feature, kind)]
-        if len(found) != 1:
+        if chosen is not None and chosen not in found:
             raise ValueError(
-                f"{source} has {len(found)} columns of type {kind.__name__} ({', '.join(features)}): expected one, "
-                "with one class for each image."
+                f"--{name}_column {chosen} is no column of type {kind.__name__} in {source}; these are: "
+                f"{', '.join(found) or 'none'}."
             )
-        columns[found[0]] = name
+        if chosen is None and len(found) != 1:
+            raise ValueError(
+                f"{source} has {len(found)} columns of type {kind.__name__} (all columns: {', '.join(features)}): "
+                f"expected one, with one class for each image; --{name}_column says which."
+            )
+        columns[chosen or found[0]] = name
     return data.select_columns(list(columns)).rename_columns({old: new for old, new in columns.items() if old != new})
 
 

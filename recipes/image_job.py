@@ -47,7 +47,9 @@ classify = pipeline("image-classification", model="path/to/this/folder")"""
         """The task and its splits."""
         options = arguments.data
         try:
-            task, data = load_images(options.dataset or "digits", options.data_dir)
+            task, data = load_images(
+                options.dataset or "digits", options.data_dir, options.image_column, options.label_column
+            )
         except ValueError as error:
             raise SystemExit(f"{error}") from None
         limits = {"train": options.max_train_samples, "validation": options.max_eval_samples}

@@ -17,6 +17,7 @@ pytest.importorskip("timm", reason="needs the extra rebnn_hf[vision]")
 pytest.importorskip("sklearn", reason="needs the extra rebnn_hf[recipes]")
 pytest.importorskip("datasets", reason="needs the extra rebnn_hf[recipes]")
 
+from datasets import ClassLabel
 from huggingface_hub import ModelCard
 from PIL.Image import fromarray
 from safetensors.torch import load_file
@@ -310,6 +311,21 @@ def test_what_is_no_folder_of_images_is_refused_in_one_sentence(folder, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_one_of_several_columns_of_classes_is_chosen_by_name():
+    both = digits().rename_column("label", "fine_label")
+    coarse = ClassLabel(names=["even", "odd"])
+    parity = {name: [label % 2 for label in split["fine_label"]] for name, split in both.items()}
+    for name, split in both.items():
+        both[name] = split.add_column("coarse_label", parity[name]).cast_column("coarse_label", coarse)
+    with pytest.raises(ValueError, match=r"2 columns of type ClassLabel .*--label_column says which"):
+        in_our_columns(both, "it")
+    with pytest.raises(ValueError, match=r"--label_column label is no column .* these are: fine_label, coarse_label"):
+        in_our_columns(both, "it", label_column="label")
+    chosen = in_our_columns(both, "it", label_column="coarse_label")
+    assert chosen["train"].features["label"].names == ["even", "odd"]
+    assert chosen["validation"]["label"][:] == parity["validation"]
+
+
 # ---------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -317,6 +333,7 @@ def test_what_is_no_folder_of_images_is_refused_in_one_sentence(folder, tmp_path
     ("options", "complaint"),
     [
         (["--dataset", "digits", "--data_dir", "x"], "leave out --dataset"),
+        (["--label_column", "fine_label"], "--label_column fine_label does nothing without a --dataset of the Hub"),
         (["--image_size", "0"], "--image_size 0 must be greater than 0"),
         (["--stage_one_epochs", "0"], "--stage_one_epochs 0.0 must be greater than 0"),
         (["--learning_rate", "-1"], "--learning_rate -1.0 must be greater than 0"),
