@@ -125,6 +125,13 @@ def test_only_whole_epochs_count_and_layers_are_logged_where_asked(tmp_path):
     assert not any("/" in name for name in log)
 
 
+def test_the_log_of_an_epoch_is_not_in_place_of_that_of_its_last_step(tmp_path):
+    trainer = trainer_for(tmp_path, logging_steps=1, save_strategy="no")
+    trainer.train()
+    logged = [log["step"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == list(range(1, EPOCHS * STEPS + 1))
+
+
 def test_signs_are_no_weights(finished, tmp_path):
     for name in (STATE_FILE, SIGNS_FILE):
         shutil.copy(f"{finished.args.output_dir}/checkpoint-1/{name}", tmp_path / name)
