@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import glue_arguments
+import recipe_arguments
 from ablation_methods import METHODS, RULES, method_name
 from ablation_plots import plot_flips, plot_scores
 from ablation_runs import Launcher, Run, RunFailedError, Teacher, visible_gpus
@@ -195,7 +195,7 @@ def check_runs(runs: Iterable[Run]) -> None:
         SystemExit: With the reason.
     """
     for run in runs:
-        glue_arguments.parse_arguments(run.argv)
+        recipe_arguments.parse_arguments(run.argv)
 
 
 # The work

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from glue_stages import read_json
+from recipe_folder import read_json
 
 from rebnn_hf.checkpoints import STATE_FILE
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ablation_methods import METHODS
-from glue_stages import final_stage
 from glue_tasks import get_task
+from recipe_folder import final_stage
 
 NOTHING = "–"
 Values = Mapping[int, float]  # one for each seed

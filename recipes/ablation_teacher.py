@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from accelerate import PartialState
 from glue import fine_tune_teacher
-from glue_arguments import parse_arguments
 from glue_job import GlueJob, prepare
+from recipe_arguments import parse_arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import transformers
 from demo_models import load_contest
-from glue_stages import RunFolder
 from glue_tasks import TASKS
+from recipe_folder import RunFolder
 
 HOW_TO_BEGIN = (
     "there are no models to show: `python recipes/glue.py --task demo` makes some in a minute, "

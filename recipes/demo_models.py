@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from glue_job import MODEL_FILES, load_pretrained
-from glue_report import model_bytes
 from huggingface_hub import snapshot_download
+from recipe_report import model_bytes
 from transformers import AutoTokenizer, PreTrainedModel, TextClassificationPipeline, pipeline
 
 from rebnn_hf import kernels

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 from detection_data import DetectionTask
-from glue_arguments import BalanceArguments, RunArguments, balance_partners, option, parse_groups
-from glue_checks import check_numbers, check_partners
+from recipe_arguments import BalanceArguments, RunArguments, balance_partners, option, parse_groups
+from recipe_checks import check_numbers, check_partners
 
 from rebnn_hf import ReBNNConfig
 

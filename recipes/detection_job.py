@@ -15,7 +15,7 @@ from detection_images import TrainingDetections, collate
 from detection_scores import Detections, Scores, score
 from detection_training import detect
 from glue_job import Job, begin, check_processes, hint_at_idle_cores, load_pretrained, start_process
-from glue_stages import RunFolder
+from recipe_folder import RunFolder
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, PreTrainedModel
 
 import rebnn_hf

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 from detection_job import DetectionJob
-from glue_report import MEGABYTE, command, draw_training, hardware, installed_versions, model_bytes, oscillation
-from glue_stages import read_json, write_json
 from huggingface_hub import EvalResult, ModelCardData
+from recipe_folder import read_json, write_json
+from recipe_report import MEGABYTE, command, draw_training, hardware, installed_versions, model_bytes, oscillation
 
 from rebnn_hf.checkpoints import STATE_FILE
 

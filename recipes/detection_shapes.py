@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from detection_coco import annotation_file
-from glue_stages import write_json
 from PIL import Image, ImageDraw
+from recipe_folder import write_json
 
 CLASSES = ("disc", "rectangle")
 COUNTS = {"train": 48, "val": 16}

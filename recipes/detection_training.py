@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from detection_images import AnnotatedImage
 from detection_scores import Detections
-from glue_training import MeanLoss
 from image_training import Shuffled
+from recipe_training import MeanLoss
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from augmentation import check_augmentation, student_tokens
 from embedder_arguments import parse_embedder_arguments
 from embedder_job import EmbedderJob
 from embedder_training import EmbedderTrainer
@@ -34,9 +35,8 @@ from glue import (
     trained_record,
     trainer_inputs,
 )
-from glue_arguments import Distillation
-from glue_augmentation import check_augmentation, student_tokens
 from glue_job import prepare
+from recipe_arguments import Distillation
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 

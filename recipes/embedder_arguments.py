@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedder_data import JUDGE, SOURCES, EmbedderTask
-from glue_arguments import (
+from recipe_arguments import (
     AdapterArguments,
     Arguments,
     AugmentationArguments,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glue_training import DistillationTrainer
+from recipe_training import DistillationTrainer
 from torch import Tensor, nn
 
 from rebnn_hf.distillation import hidden_relative_mse

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from glue_arguments import Distillation, parse_arguments
-from glue_augmentation import check_augmentation, student_tokens
+from augmentation import check_augmentation, student_tokens
 from glue_files import describe
 from glue_grammar import demo_model_config
 from glue_job import GlueJob, Job, Logits, load_pretrained, parts, prepare
-from glue_report import is_reported, print_summary, write_report
 from glue_tasks import Task
-from glue_training import (
+from recipe_arguments import Distillation, parse_arguments
+from recipe_report import is_reported, print_summary, write_report
+from recipe_training import (
     DIVERGED,
     DistillationTrainer,
     FineTuningTrainer,
@@ -362,7 +362,7 @@ def check_equal(latent: Logits, packed: Logits, dtype: torch.dtype) -> None:
 
 def train_adapter(job: Job) -> dict[str, Any]:
     """Trains a LoRA adapter beside the bits, reloads both as a user would, and scores them together."""
-    from glue_adapter import add_adapter, count_parameters, load_adapter  # the only stage that needs PEFT
+    from recipe_adapter import add_adapter, count_parameters, load_adapter  # the only stage that needs PEFT
 
     options, folder = job.arguments.adapter, job.run.folder("adapter")
     packed = job.run.folder("packed")

@@ -19,14 +19,14 @@ import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
-from glue_arguments import Arguments
 from glue_files import custom_task, load_files
 from glue_grammar import build_demo_tokenizer
 from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
-from glue_stages import RunFolder, Settings
 from glue_tasks import GlueTask, Task, get_task, load_task
-from glue_training import device_arguments, predict, remove_checkpoints
 from huggingface_hub import snapshot_download
+from recipe_arguments import Arguments
+from recipe_folder import RunFolder, Settings
+from recipe_training import device_arguments, predict, remove_checkpoints
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from glue_arguments import (
+from image_data import ImageTask
+from recipe_arguments import (
     BalanceArguments,
     Distillation,
     RunArguments,
@@ -15,8 +16,7 @@ from glue_arguments import (
     option,
     parse_groups,
 )
-from glue_checks import check_numbers, check_partners
-from image_data import ImageTask
+from recipe_checks import check_numbers, check_partners
 
 from rebnn_hf import ReBNNConfig
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from glue_training import MeanLoss, OwnSampler
+from recipe_training import MeanLoss, OwnSampler
 from safetensors.torch import load_file, save_model
 from timm.utils import ModelEmaV3
 from torch.utils.data import Sampler

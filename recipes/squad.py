@@ -21,10 +21,10 @@ import evaluate
 import numpy as np
 from datasets import DatasetDict
 from glue import run_stages
-from glue_arguments import Arguments, option, parse_arguments
 from glue_job import Logits, TextJob, first, load_pretrained, prepare
-from glue_stages import write_json
-from glue_training import predict_all
+from recipe_arguments import Arguments, option, parse_arguments
+from recipe_folder import write_json
+from recipe_training import predict_all
 from squad_data import SQUAD, SquadTask, custom_task, load_files, load_hub
 from squad_windows import best_answers, check_tokenizer, training_windows, validation_windows
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase

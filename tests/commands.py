@@ -70,7 +70,7 @@ def embedder(argv: list[str]) -> None:
 
 
 def glue(argv: list[str]) -> None:
-    from glue_arguments import parse_arguments
+    from recipe_arguments import parse_arguments
 
     parse_arguments(argv)
 
@@ -82,7 +82,7 @@ def image_classification(argv: list[str]) -> None:
 
 
 def squad(argv: list[str]) -> None:
-    from glue_arguments import parse_arguments
+    from recipe_arguments import parse_arguments
     from squad import SquadDataArguments
 
     parse_arguments(argv, SquadDataArguments)

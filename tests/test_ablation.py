@@ -20,7 +20,7 @@ from ablation_methods import METHODS, RULES
 from ablation_plots import mean_curve, plot_flips, plot_scores
 from ablation_runs import Launcher, Teacher
 from ablation_tables import NOTHING, Row, row_of, spread, summary, task_table
-from glue_arguments import parse_arguments
+from recipe_arguments import parse_arguments
 
 from rebnn_hf.presets import CONFIGS
 

@@ -29,8 +29,8 @@ import embedder as recipe
 from embedder_arguments import DEFAULT_EMBEDDER, parse_embedder_arguments
 from embedder_data import EmbedderTask, load_data
 from embedder_training import EmbedderTrainer
-from glue_stages import STAGES, read_json
-from glue_training import CompactProgress
+from recipe_folder import STAGES, read_json
+from recipe_training import CompactProgress
 
 ROOT = Path(__file__).parents[1]
 PAIRS = list(zip(SENTENCES[::2], SENTENCES[1::2], strict=True))

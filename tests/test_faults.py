@@ -17,7 +17,7 @@ from rebnn_hf.checkpoints import STATE_FILE, newest_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from glue_stages import STAGES, RunFolder
+from recipe_folder import STAGES, RunFolder
 
 SMALL = ["--max_train_samples", "64", "--max_eval_samples", "20", "--teacher_epochs", "1", "--max_steps", "4"]
 SMALL += ["--save_steps", "1", "--logging_steps", "1"]

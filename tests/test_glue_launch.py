@@ -14,7 +14,7 @@ from test_ablation import save_teacher, write_sst2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from glue_stages import read_json
+from recipe_folder import read_json
 
 from rebnn_hf.checkpoints import STATE_FILE
 

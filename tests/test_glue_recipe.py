@@ -45,18 +45,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import ablation_teacher
 import glue
-from glue_arguments import parse_arguments
 from glue_grammar import demo_dataset, demo_model_config
 from glue_job import GlueJob, hint_at_idle_cores
-from glue_stages import STAGES, RunFolder, read_json, write_json
 from glue_tasks import get_task
-from glue_training import (
+from hub_server import Hub, Repo, serving
+from recipe_arguments import parse_arguments
+from recipe_folder import STAGES, RunFolder, read_json, write_json
+from recipe_training import (
     CompactProgress,
     FineTuningTrainer,
     LengthGroupedSampler,
     log_line,
 )
-from hub_server import Hub, Repo, serving
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "glue.py"

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from embedder_arguments import parse_embedder_arguments
-from glue_arguments import BalanceArguments, BinaryArguments, parse_arguments
+from recipe_arguments import BalanceArguments, BinaryArguments, parse_arguments
 from squad import SquadDataArguments
 
 from rebnn_hf import ReBNNConfig

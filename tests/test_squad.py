@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import glue
 import squad
-from glue_arguments import parse_arguments
-from glue_stages import STAGES, read_json
-from glue_training import CompactProgress
+from recipe_arguments import parse_arguments
+from recipe_folder import STAGES, read_json
+from recipe_training import CompactProgress
 from squad_data import FEATURES, checked, load_files, load_hub, read_squad
 from squad_windows import best_answers, best_span, check_tokenizer, find_span, training_windows, validation_windows
 

@@ -31,8 +31,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import glue
-import glue_report
-from glue_stages import RunFolder
+import recipe_report
+from recipe_folder import RunFolder
 
 from rebnn_hf.checkpoints import CHECKPOINTS, damage
 
@@ -43,7 +43,7 @@ STAGES = ("teacher", "latent", "packed")
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
 
-glue_report.plot_oscillation = glue_report.plot_epoch_flips = glue_report.plot_latent_weights = lambda *_: None
+recipe_report.plot_oscillation = recipe_report.plot_epoch_flips = recipe_report.plot_latent_weights = lambda *_: None
 
 
 @dataclass

@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import detection
 from detection_arguments import parse_detection_arguments
 from detection_data import load_shapes, spread
-from glue_stages import RunFolder, read_json
-from glue_training import CompactProgress
+from recipe_folder import RunFolder, read_json
+from recipe_training import CompactProgress
 
 STAGES = ("stage-1", "latent", "packed")
 TRAINED, EVALUATED, STEPS = 6, 2, 3

@@ -29,12 +29,12 @@ from rebnn_hf.kernels import use_backend
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import image_classification
-from glue_stages import RunFolder, read_json
-from glue_training import CompactProgress
 from image_arguments import parse_image_arguments
 from image_data import digits, in_our_columns, load_folder, load_images, spread
 from image_training import EpochSampler, StageOneTrainer, UpdateAverage
 from image_transforms import TrainingImages, seeded, training_transform
+from recipe_folder import RunFolder, read_json
+from recipe_training import CompactProgress
 
 STAGES = ("teacher", "stage-1", "latent", "packed")
 TRAINED, EVALUATED, STEPS = 64, 50, 4

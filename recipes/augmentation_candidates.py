@@ -1,4 +1,4 @@
-"""Words that may take the place of a word, for `glue_augmentation`: which words may be replaced, and by which others.
+"""Words that may take the place of a word, for `augmentation`: which words may be replaced, and by which others.
 
 Words are runs of letters, at least two; numbers, punctuation, contractions and the function words of English keep the
 sentence together and stay. A candidate is a whole word of the vocabulary of the same kind, and never the word itself.

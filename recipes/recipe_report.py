@@ -17,8 +17,8 @@ import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
 from glue_job import Job, launcher
-from glue_stages import final_stage, read_json, write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from recipe_folder import final_stage, read_json, write_json
 
 import rebnn_hf
 from rebnn_hf import model_card, plot_epoch_flips, plot_latent_weights, plot_oscillation

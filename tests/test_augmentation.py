@@ -1,4 +1,4 @@
-"""Data augmentation of the GLUE recipe, with models so small that what they answer is known."""
+"""Data augmentation, in the GLUE recipe, with models so small that what they answer is known."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
+import augmentation
+import augmentation_candidates
 import glue
-import glue_augmentation
-import glue_augmentation_candidates
-from glue_arguments import parse_arguments
-from glue_augmentation import FOLDER, Augmenter, augmented_examples, check_augmentation, student_tokens
-from glue_augmentation_candidates import (
+from augmentation import FOLDER, Augmenter, augmented_examples, check_augmentation, student_tokens
+from augmentation_candidates import (
     CandidateFinder,
     Encoder,
     Vocabulary,
@@ -50,8 +49,9 @@ from glue_augmentation_candidates import (
 )
 from glue_grammar import demo_dataset
 from glue_job import GlueJob
-from glue_stages import RunFolder, read_json
 from glue_tasks import get_task
+from recipe_arguments import parse_arguments
+from recipe_folder import RunFolder, read_json
 
 ROOT = Path(__file__).parents[1]
 ANIMALS = ("bear", "bird", "camel", "cat", "dog", "duck", "fish", "goat", "horse", "lion", "mouse", "sheep", "wolf")
@@ -202,7 +202,7 @@ def asked_one_by_one(tokenizer, model, sentence, word, count) -> list[str]:
 
 @pytest.mark.parametrize("scores", [2**26, 700])
 def test_candidates_are_the_most_likely_words_of_the_masked_language_model(tokenizer, masked_lm, monkeypatch, scores):
-    monkeypatch.setattr(glue_augmentation_candidates, "SCORES", scores)  # 700: one or two short sentences a batch
+    monkeypatch.setattr(augmentation_candidates, "SCORES", scores)  # 700: one or two short sentences a batch
     texts = [*sentences(6), "the cat saw .", "the dog saw the cat ."]
     queries = queries_of(tokenizer, texts)
     found = CandidateFinder(encoder_of(tokenizer, masked_lm), 4).find(queries)
@@ -254,12 +254,12 @@ def test_each_question_is_asked_once(tokenizer, masked_lm, monkeypatch):
     queries = queries_of(tokenizer, sentences(5))
     first = finder.find([*queries, *queries])
     assert len(asked) == len(queries) and first == finder.find(queries) * 2 and len(asked) == len(queries)
-    monkeypatch.setattr(glue_augmentation_candidates, "KNOWN", 3)
+    monkeypatch.setattr(augmentation_candidates, "KNOWN", 3)
     assert finder.find(queries) == first[: len(queries)] and not finder.known
 
 
 def test_batches_keep_the_scores_within_bounds(tokenizer, masked_lm, monkeypatch):
-    monkeypatch.setattr(glue_augmentation_candidates, "SCORES", 100 * len(tokenizer))  # 100 tokens
+    monkeypatch.setattr(augmentation_candidates, "SCORES", 100 * len(tokenizer))  # 100 tokens
     lengths = [*np.random.default_rng(0).integers(3, 60, 300).tolist(), 150]
     batches = list(CandidateFinder(encoder_of(tokenizer, masked_lm), 4)._batches(lengths))
     assert sorted(index for batch in batches for index in batch) == list(range(301))
@@ -401,7 +401,7 @@ def test_finished_examples_are_read_again(tmp_path, tokenizer, with_head, monkey
     made, record = augmented_examples(job_of(tmp_path, tokenizer, with_head))
     assert "augmentation: made, 20 new examples" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(glue_augmentation, "load_encoder", lambda job: 1 / 0)
+        patch.setattr(augmentation, "load_encoder", lambda job: 1 / 0)
         again, same = augmented_examples(job_of(tmp_path, tokenizer, with_head))
         assert again.to_dict() == made.to_dict() and same == record
         assert "augmentation: read again, 20 new examples" in capsys.readouterr().out
@@ -416,9 +416,9 @@ def test_finished_examples_are_read_again(tmp_path, tokenizer, with_head, monkey
 
 
 def augmented_examples_again(folder, tokenizer, source, patch) -> None:
-    patch.setattr(glue_augmentation, "load_encoder", load_encoder)
+    patch.setattr(augmentation, "load_encoder", load_encoder)
     augmented_examples(job_of(folder, tokenizer, source))
-    patch.setattr(glue_augmentation, "load_encoder", lambda job: 1 / 0)
+    patch.setattr(augmentation, "load_encoder", lambda job: 1 / 0)
 
 
 def test_other_data_are_augmented_anew(tmp_path, tokenizer, with_head):
@@ -451,7 +451,7 @@ def test_interrupted_augmentation_starts_again(tmp_path, tokenizer, with_head, m
 
 def test_chunks_do_not_change_the_examples(tmp_path, tokenizer, with_head, monkeypatch):
     expected, _ = augmented_examples(job_of(tmp_path / "a", tokenizer, with_head))
-    monkeypatch.setattr(glue_augmentation, "ROWS", 3)
+    monkeypatch.setattr(augmentation, "ROWS", 3)
     made, _ = augmented_examples(job_of(tmp_path / "b", tokenizer, with_head))
     assert made.to_dict() == expected.to_dict()
 
@@ -619,8 +619,8 @@ def test_an_unusable_model_is_refused_before_anything_is_trained(tmp_path, witho
 
 SHARE = """
 import sys
-from glue_arguments import parse_arguments
-from glue_augmentation import augmented_examples
+from recipe_arguments import parse_arguments
+from augmentation import augmented_examples
 from glue_job import GlueJob, prepare
 examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:]), GlueJob))
 """

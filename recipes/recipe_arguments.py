@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from glue_checks import check_numbers, check_partners
 from glue_tasks import TASKS, Task
+from recipe_checks import check_numbers, check_partners
 from transformers import HfArgumentParser, TrainingArguments
 
 from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments, stage_conflict

@@ -1,4 +1,4 @@
-"""Data augmentation for the distillation of `glue.py`: new training sentences by replacing words, after TinyBERT.
+"""Data augmentation for `glue.py` and `embedder.py`: new sentences for the distillation, by replacing words (TinyBERT).
 
 TinyBERT (arXiv 1909.10351, algorithm 1) makes N new sentences of every training sentence. Each word is replaced with
 probability p by one of K candidates, all equally likely. For a word of a single word piece the candidates are the most
@@ -9,7 +9,7 @@ has the mean over its pieces. An encoder without a masked-language-model head gi
 What this module decides beyond that:
 
 - Only content words are replaced, and never by themselves, so that p is the probability of a change
-  (`glue_augmentation_candidates` says what a word is).
+  (`augmentation_candidates` says what a word is).
 - Of a sentence pair one sentence, drawn anew for every new pair, is changed. What such a task asks is how the two
   relate: replaced on both sides, words that they share would hardly ever survive on both.
 - A new example carries the label of the example it was made of. The losses against the teacher do not read it, the
@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from glue_arguments import AugmentationArguments
-from glue_augmentation_candidates import (
+from augmentation_candidates import (
     CandidateFinder,
     Encoder,
     Sentence,
@@ -40,8 +38,10 @@ from glue_augmentation_candidates import (
     load_encoder,
     read_sentences,
 )
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from glue_job import Job, digest
-from glue_stages import read_json, write_json
+from recipe_arguments import AugmentationArguments
+from recipe_folder import read_json, write_json
 from tqdm.auto import tqdm
 
 FOLDER = "augmented"
