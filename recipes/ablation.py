@@ -24,11 +24,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import recipe_arguments
 from ablation_methods import METHODS, RULES, method_name
 from ablation_plots import plot_flips, plot_scores
 from ablation_runs import Launcher, Run, RunFailedError, Teacher, visible_gpus
 from ablation_tables import Row, row_of, summary, task_table, write_csv
+from glue_arguments import parse_glue_arguments
 from glue_tasks import TASKS
 
 OWN = {"task", "data_dir", "train_file", "validation_file", "test_file", "teacher", "preset", "seed", "output_dir"}
@@ -195,7 +195,7 @@ def check_runs(runs: Iterable[Run]) -> None:
         SystemExit: With the reason.
     """
     for run in runs:
-        recipe_arguments.parse_arguments(run.argv)
+        parse_glue_arguments(run.argv)
 
 
 # The work

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from accelerate import PartialState
 from glue import fine_tune_teacher
-from glue_job import GlueJob, prepare
-from recipe_arguments import parse_arguments
+from glue_arguments import parse_glue_arguments
+from glue_job import GlueJob
+from recipe_job import prepare
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the stage, unless it is complete."""
-    job = prepare(parse_arguments(argv), GlueJob)
+    job = prepare(parse_glue_arguments(argv), GlueJob)
     job.stage("teacher", fine_tune_teacher)
     PartialState().destroy_process_group()
 

@@ -39,9 +39,9 @@ from augmentation_candidates import (
     read_sentences,
 )
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
-from glue_job import Job, digest
 from recipe_arguments import AugmentationArguments
 from recipe_folder import read_json, write_json
+from recipe_job import Job, digest
 from tqdm.auto import tqdm
 
 FOLDER = "augmented"

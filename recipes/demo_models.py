@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from glue_job import MODEL_FILES, load_pretrained
 from huggingface_hub import snapshot_download
+from recipe_job import MODEL_FILES, load_pretrained
 from recipe_report import model_bytes
 from transformers import AutoTokenizer, PreTrainedModel, TextClassificationPipeline, pipeline
 

@@ -16,7 +16,7 @@ import detection_voc
 import numpy as np
 from detection_images import AnnotatedImage, with_good_boxes
 from detection_shapes import write_shapes
-from glue_tasks import Task
+from recipe_task import Task
 
 PAIRS = (
     ("trainval", "test"),

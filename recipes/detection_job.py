@@ -14,8 +14,8 @@ from detection_data import DetectionTask, Splits, digest, load_folder, load_shap
 from detection_images import TrainingDetections, collate
 from detection_scores import Detections, Scores, score
 from detection_training import detect
-from glue_job import Job, begin, check_processes, hint_at_idle_cores, load_pretrained, start_process
 from recipe_folder import RunFolder
+from recipe_job import Job, begin, check_processes, hint_at_idle_cores, load_pretrained, start_process
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, PreTrainedModel
 
 import rebnn_hf

@@ -35,8 +35,8 @@ from glue import (
     trained_record,
     trainer_inputs,
 )
-from glue_job import prepare
 from recipe_arguments import Distillation
+from recipe_job import prepare
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 

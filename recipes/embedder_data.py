@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets import Dataset, DatasetDict
-from glue_tasks import HUB_DATASET, TASKS, Task, get_task, load_task
+from glue_tasks import HUB_DATASET, TASKS, get_task, load_task
+from recipe_task import Task
 
 JUDGE = "stsb"
 """The task whose validation pairs come with how similar people find them."""

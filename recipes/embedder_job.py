@@ -9,7 +9,7 @@ import sentence_transformers
 from datasets import DatasetDict
 from embedder_arguments import EmbedderArguments
 from embedder_data import EmbedderTask, load_data
-from glue_job import Logits, TextJob, first, load_pretrained, tokenize
+from recipe_job import Logits, TextJob, first, load_pretrained, tokenize
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Transformer

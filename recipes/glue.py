@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from augmentation import check_augmentation, student_tokens
+from glue_arguments import parse_glue_arguments
 from glue_files import describe
 from glue_grammar import demo_model_config
-from glue_job import GlueJob, Job, Logits, load_pretrained, parts, prepare
-from glue_tasks import Task
-from recipe_arguments import Distillation, parse_arguments
+from glue_job import GlueJob
+from recipe_arguments import Distillation
+from recipe_job import Job, Logits, load_pretrained, parts, prepare
 from recipe_report import is_reported, print_summary, write_report
+from recipe_task import Task
 from recipe_training import (
     DIVERGED,
     DistillationTrainer,
@@ -61,7 +63,7 @@ NOT_PACKED = "ties='released' has sign(0) = 0, a third value that does not fit i
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    job = prepare(parse_arguments(argv), GlueJob)
+    job = prepare(parse_glue_arguments(argv), GlueJob)
     if job.task.name == "custom":
         job.process.print(describe(job.task))
     check_augmentation(job)

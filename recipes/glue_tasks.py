@@ -15,33 +15,11 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from glue_grammar import LABELS as DEMO_LABELS, demo_dataset
 from glue_tsv import read_tsv
+from recipe_task import TextTask, TrainingDefaults
 
 HUB_DATASET = "nyu-mll/glue"
 PAIR = ("sentence1", "sentence2")
 DIAGNOSTIC_FILES = ("AX/AX.tsv", "diagnostic/diagnostic.tsv")  # of GLUE's AX, in the order they are looked for
-
-
-@dataclass(frozen=True)
-class TrainingDefaults:
-    """How to train on a task unless the command line says otherwise.
-
-    Attributes:
-        max_length: Tokens after which an example is cut.
-        batch_size: Examples per step, for teacher and student.
-        teacher_learning_rate: For fine-tuning the float model.
-        teacher_epochs: For fine-tuning the float model.
-        student_learning_rate: For the latent weights of the 1-bit student.
-        student_epochs: For the distillation.
-        teacher_runs: How many fine-tunings of the float model are averaged.
-    """
-
-    max_length: int
-    batch_size: int
-    teacher_learning_rate: float
-    teacher_epochs: int
-    student_learning_rate: float
-    student_epochs: int
-    teacher_runs: int = 1
 
 
 # Small tasks get more epochs of distillation.
@@ -59,41 +37,6 @@ TRAINING: dict[str, TrainingDefaults] = {
     "demo": TrainingDefaults( 32,    32,       5e-4,      5,       1e-3,      5),
     "custom": TrainingDefaults(128,  32,      5e-5,      3,       1e-3,      8),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What every recipe has to know of its task.
-
-    Attributes:
-        name: A short one.
-        title: The name for readers of the model card.
-        labels: The names of the model's outputs in the order of their ids; None for regression.
-        metrics: What is reported.
-        main_metric: The one to compare models by; higher is better.
-        language: Of the texts; None if unknown.
-        hub_dataset: The data set on the Hub; None for data from elsewhere.
-        hub_config: The configuration of that data set.
-    """
-
-    name: str
-    title: str
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    main_metric: str
-    language: str | None = None
-    hub_dataset: str | None = None
-    hub_config: str | None = None
-
-    @property
-    def num_labels(self) -> int:
-        """How many outputs the model's head has: one for regression."""
-        return 1 if self.labels is None else len(self.labels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextTask(TrainingDefaults, Task):
-    """A task of texts, and how to train on it by default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,10 @@ from typing import Any
 
 from accelerate import PartialState
 from glue import check_head, check_labels, pack_student, report, save, train_logged, trained_record, training_arguments
-from glue_job import prepare
 from image_arguments import parse_image_arguments
 from image_job import ImageJob
 from image_training import StageOneTrainer, StageTwoTrainer, TeacherTrainer, load_average
+from recipe_job import prepare
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import rebnn_hf

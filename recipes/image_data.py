@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from glue_tasks import Task
 from PIL.Image import fromarray
+from recipe_task import Task
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import timm
 from datasets import DatasetDict
-from glue_job import Job, Logits, load_pretrained
 from image_arguments import ImageArguments
 from image_data import ImageTask, digest_images, load_images, spread
 from image_transforms import EvaluationImages, TrainingImages, evaluation_transform, training_transform
+from recipe_job import Job, Logits, load_pretrained
 from recipe_training import outputs_of
 from timm.data import resolve_data_config
 from transformers import (

@@ -11,8 +11,8 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from glue_tasks import TASKS, Task
 from recipe_checks import check_numbers, check_partners
+from recipe_task import Task
 from transformers import HfArgumentParser, TrainingArguments
 
 from rebnn_hf import ReBNNConfig, ReBNNTrainingArguments, stage_conflict
@@ -26,51 +26,6 @@ def option(help_text: str, default: Any = None, **metadata: Any) -> Any:
     if default not in (None, False):
         help_text += f"; default: {default}"
     return field(default=default, metadata={"help": help_text, **metadata})
-
-
-@dataclass
-class DataArguments:
-    """What is learned."""
-
-    _argument_group_name = "data"
-
-    task: str | None = option(
-        "a GLUE task, or `demo`, a small one that comes with this script; default: demo, without --train_file",
-        choices=list(TASKS),
-    )
-    data_dir: str | None = option("folder with the GLUE files; without it they come from the Hub")
-    train_file: str | None = option(
-        "your training examples (.csv, .tsv, .json or .jsonl) with the columns `sentence1`, `sentence` or `text`, for "
-        "pairs `sentence2`, and `label`; whole numbers and words are classes, numbers of which some have a decimal "
-        "point mean regression"
-    )
-    validation_file: str | None = option("your validation examples, with the same columns and labels")
-    test_file: str | None = option("your test examples, with `label` or without: predictions are written for them")
-    max_length: int | None = option("longest input in tokens; default: the task's")
-    max_train_samples: int | None = option("train on this many examples only (the first ones)")
-    max_eval_samples: int | None = option("evaluate on this many examples only (the first ones)")
-
-    def check(self) -> None:
-        """Raises a ValueError where options contradict each other."""
-        if (self.train_file is None) != (self.validation_file is None):
-            raise ValueError("--train_file and --validation_file belong together: pass both")
-        if self.train_file is None and self.test_file is not None:
-            raise ValueError("--test_file needs --train_file and --validation_file")
-        if self.train_file is not None and (self.task is not None or self.data_dir is not None):
-            raise ValueError("--train_file brings its own task: leave out --task and --data_dir")
-
-    def fill_in(self, task: Task) -> None:
-        """Gives every option left out the default of `task`."""
-        self.task = task.name
-        self.max_length = task.max_length if self.max_length is None else self.max_length
-
-    def settings(self) -> dict[str, Any]:
-        """The options that shape the models; where the data lie does not."""
-        return {"task": self.task, "max_length": self.max_length}
-
-    def scoring(self) -> dict[str, Any]:
-        """The options that shape the scores of the same models."""
-        return {}
 
 
 @dataclass
@@ -338,7 +293,7 @@ class Arguments:
     """The whole command line: `argv` as it was typed, and what it says."""
 
     argv: list[str]
-    data: DataArguments
+    data: Any  # each recipe has options of its own for what is learned
     teacher: TeacherArguments
     student: StudentArguments
     augmentation: AugmentationArguments
@@ -478,8 +433,10 @@ class Arguments:
         return getattr(torch, self.run.packed_dtype)
 
 
-def parse_arguments(argv: list[str] | None = None, data: type = DataArguments) -> Arguments:
-    """Reads the command line, with the options of a recipe's `data`; `Arguments.fill_in` completes it later.
+def parse_arguments(argv: list[str] | None, data: type) -> Arguments:
+    """The command line of a recipe that answers with logits of a text, with the options of its `data`.
+
+    `Arguments.fill_in` completes it later.
 
     Raises:
         SystemExit: If the options are wrong or contradict each other.

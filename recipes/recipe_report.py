@@ -16,9 +16,9 @@ import datasets
 import torch
 import transformers
 from glue_grammar import bag_of_words_accuracy
-from glue_job import Job, launcher
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from recipe_folder import final_stage, read_json, write_json
+from recipe_job import Job, launcher
 
 import rebnn_hf
 from rebnn_hf import model_card, plot_epoch_flips, plot_latent_weights, plot_oscillation

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
-from glue_tasks import TextTask
+from recipe_task import TextTask
 
 HUB_DATASET = "rajpurkar/squad"
 FEATURES = Features(

@@ -70,9 +70,9 @@ def embedder(argv: list[str]) -> None:
 
 
 def glue(argv: list[str]) -> None:
-    from recipe_arguments import parse_arguments
+    from glue_arguments import parse_glue_arguments
 
-    parse_arguments(argv)
+    parse_glue_arguments(argv)
 
 
 def image_classification(argv: list[str]) -> None:
@@ -82,10 +82,9 @@ def image_classification(argv: list[str]) -> None:
 
 
 def squad(argv: list[str]) -> None:
-    from recipe_arguments import parse_arguments
-    from squad import SquadDataArguments
+    from squad_arguments import parse_squad_arguments
 
-    parse_arguments(argv, SquadDataArguments)
+    parse_squad_arguments(argv)
 
 
 PARSERS: dict[str, Callable[[list[str]], None]] = {

@@ -20,7 +20,7 @@ from ablation_methods import METHODS, RULES
 from ablation_plots import mean_curve, plot_flips, plot_scores
 from ablation_runs import Launcher, Teacher
 from ablation_tables import NOTHING, Row, row_of, spread, summary, task_table
-from recipe_arguments import parse_arguments
+from glue_arguments import parse_glue_arguments
 
 from rebnn_hf.presets import CONFIGS
 
@@ -178,7 +178,7 @@ def test_plots_of_an_incomplete_grid(tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_one_of_glue_py_and_a_rule_decides_over_its_preset(name):
     method = METHODS[name]
-    binary = parse_arguments(method.argv()).binary
+    binary = parse_glue_arguments(method.argv()).binary
     config, rule = binary.config(), RULES.get(method.rule, {})
     assert binary.preset == method.preset
     expected = {**CONFIGS.get(method.preset, {}), **{key: str(value) for key, value in rule.items()}}
@@ -253,7 +253,7 @@ def test_runs_of_a_seed_differ_in_nothing_but_their_method():
 
 def test_budgets_are_by_task_and_go_over_the_common_one():
     _, runs = plan("--methods", "bit", "--budget", "mrpc=150", "--", "--max_steps", "300")
-    steps = {(run.task, run.seed): parse_arguments(run.argv).student.max_steps for run in runs}
+    steps = {(run.task, run.seed): parse_glue_arguments(run.argv).student.max_steps for run in runs}
     assert steps == {("sst2", 1): 300, ("mrpc", 1): 150, ("sst2", 2): 300, ("mrpc", 2): 150}
 
 
@@ -261,7 +261,7 @@ def test_one_teacher_for_a_single_task():
     arguments, rest = ablation.parse_arguments(["--tasks", "sst2", "--output_dir", "out", "--teacher", "org/model"])
     assert ablation.plan_teachers(arguments, rest) == {} and arguments.methods == list(RULES)
     runs = ablation.plan_runs(arguments, rest, {})
-    assert {parse_arguments(run.argv).teacher.teacher for run in runs} == {"org/model"} and len(runs) == 18
+    assert {parse_glue_arguments(run.argv).teacher.teacher for run in runs} == {"org/model"} and len(runs) == 18
 
 
 def test_a_teacher_exists_once_it_is_complete(tmp_path):

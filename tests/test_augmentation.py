@@ -47,10 +47,10 @@ from augmentation_candidates import (
     read_sentences,
     whole_words,
 )
+from glue_arguments import parse_glue_arguments
 from glue_grammar import demo_dataset
 from glue_job import GlueJob
 from glue_tasks import get_task
-from recipe_arguments import parse_arguments
 from recipe_folder import RunFolder, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,7 @@ def without_head(tmp_path_factory, tokenizer, masked_lm) -> str:
 
 
 def options_of(*options: object):
-    arguments = parse_arguments([str(option) for option in options])
+    arguments = parse_glue_arguments([str(option) for option in options])
     arguments.fill_in(get_task(arguments.data.task or "demo"))
     return arguments
 
@@ -547,7 +547,7 @@ def test_random_embeddings_are_refused(tmp_path, tokenizer, masked_lm):
 )
 def test_wrong_options_are_explained(options, complaint, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(options)
+        parse_glue_arguments(options)
     assert complaint in capsys.readouterr().err
 
 
@@ -619,10 +619,11 @@ def test_an_unusable_model_is_refused_before_anything_is_trained(tmp_path, witho
 
 SHARE = """
 import sys
-from recipe_arguments import parse_arguments
 from augmentation import augmented_examples
-from glue_job import GlueJob, prepare
-examples, _ = augmented_examples(prepare(parse_arguments(sys.argv[1:]), GlueJob))
+from glue_arguments import parse_glue_arguments
+from glue_job import GlueJob
+from recipe_job import prepare
+examples, _ = augmented_examples(prepare(parse_glue_arguments(sys.argv[1:]), GlueJob))
 """
 
 
@@ -652,7 +653,9 @@ def test_two_processes_make_what_one_makes(tmp_path, tokenizer, with_head, _keep
     assert "18 new examples" in answers[0][0] and "new examples" not in answers[1][0]
     two = Dataset.load_from_disk(str(tmp_path / "two" / FOLDER))
 
-    from glue_job import prepare
+    from recipe_job import prepare
 
-    one, _ = augmented_examples(prepare(parse_arguments([*options, "--output_dir", str(tmp_path / "one")]), GlueJob))
+    one, _ = augmented_examples(
+        prepare(parse_glue_arguments([*options, "--output_dir", str(tmp_path / "one")]), GlueJob)
+    )
     assert two.to_dict() == one.to_dict()

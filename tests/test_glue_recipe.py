@@ -45,12 +45,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import ablation_teacher
 import glue
+from glue_arguments import parse_glue_arguments
 from glue_grammar import demo_dataset, demo_model_config
-from glue_job import GlueJob, hint_at_idle_cores
+from glue_job import GlueJob
 from glue_tasks import get_task
 from hub_server import Hub, Repo, serving
-from recipe_arguments import parse_arguments
 from recipe_folder import STAGES, RunFolder, read_json, write_json
+from recipe_job import hint_at_idle_cores
 from recipe_training import (
     CompactProgress,
     FineTuningTrainer,
@@ -771,9 +772,9 @@ def test_few_bit_students_are_compared_with_their_packed_form_where_rounding_is_
 )
 def test_stages_that_do_not_fit_are_refused_before_training(options, message, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(options)
+        parse_glue_arguments(options)
     assert re.search(message, capsys.readouterr().err)
-    parse_arguments(["--stages", "rebnn-w1a32", "bit-w1a2", "--preset", "bit"])
+    parse_glue_arguments(["--stages", "rebnn-w1a32", "bit-w1a2", "--preset", "bit"])
 
 
 def test_what_is_said_of_other_architectures_can_be_done(tmp_path):
@@ -782,7 +783,7 @@ def test_what_is_said_of_other_architectures_can_be_done(tmp_path):
     MPNetModel(MPNetConfig(vocab_size=300, **shape)).save_pretrained(tmp_path)
 
     def check(*options: str) -> None:
-        arguments = parse_arguments(["--model_name_or_path", str(tmp_path), *options])
+        arguments = parse_glue_arguments(["--model_name_or_path", str(tmp_path), *options])
         run = RunFolder(tmp_path / "run")
         glue.check_architecture(GlueJob(arguments, None, None, None, run, run.folder("teacher"), None))
 
@@ -891,7 +892,7 @@ def test_teacher_for_other_labels_is_refused(finished):
 )
 def test_wrong_options_are_explained(options, complaint, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(options)
+        parse_glue_arguments(options)
     assert complaint in capsys.readouterr().err
 
 
@@ -899,13 +900,13 @@ def test_every_weight_rule_can_be_reached():
     bit = ["--weight_scale", "mean_abs", "--scale_granularity", "tensor", "--weight_center", "tensor"]
     bit += ["--weight_ste", "identity", "--ste_slope", "unit", "--balance_rule", "none"]
     bit += ["--modules_to_not_convert", "layer.0", "query"]
-    config = parse_arguments(bit).binary.config()
+    config = parse_glue_arguments(bit).binary.config()
     assert (config.weight_ste, config.ste_slope, config.scale_granularity) == ("identity", "unit", "tensor")
     assert config.modules_to_not_convert == ["layer.0", "query"]
 
 
 def test_options_left_out_take_the_defaults_of_the_task():
-    arguments = parse_arguments(["--task", "cola", "--epochs", "3"])
+    arguments = parse_glue_arguments(["--task", "cola", "--epochs", "3"])
     task = get_task("cola")
     arguments.fill_in(task)
     assert arguments.student.epochs == 3 and arguments.student.batch_size == task.batch_size
@@ -917,14 +918,14 @@ def test_options_left_out_take_the_defaults_of_the_task():
 
 
 def test_an_adapter_takes_rank_8_and_the_epochs_of_the_student():
-    arguments = parse_arguments(["--task", "cola", "--epochs", "3", "--lora"])
+    arguments = parse_glue_arguments(["--task", "cola", "--epochs", "3", "--lora"])
     arguments.fill_in(get_task("cola"))
     assert (arguments.adapter.lora, arguments.adapter.lora_epochs) == (8, 3)
-    assert parse_arguments(["--task", "cola"]).stage_settings("")["adapter"] == {}
+    assert parse_glue_arguments(["--task", "cola"]).stage_settings("")["adapter"] == {}
 
 
 def test_a_preset_sets_method_and_losses_and_options_override_it():
-    arguments = parse_arguments(["--preset", "bibert", "--balance_rule", "flip_maxgrad", "--label_weight", "0.25"])
+    arguments = parse_glue_arguments(["--preset", "bibert", "--balance_rule", "flip_maxgrad", "--label_weight", "0.25"])
     config = arguments.binary.config()
     assert (config.activation, config.attention, config.weight_center) == ("sign", "bool", "row")
     assert config.balance_rule == "flip_maxgrad"
@@ -935,7 +936,7 @@ def test_a_preset_sets_method_and_losses_and_options_override_it():
 
 
 def test_stages_are_named_in_order_and_each_has_the_method_of_its_preset():
-    arguments = parse_arguments(["--preset", "rebnn-bit-w1a1", "--stages", "rebnn-bit-w1a4", "rebnn-bit-w1a2"])
+    arguments = parse_glue_arguments(["--preset", "rebnn-bit-w1a1", "--stages", "rebnn-bit-w1a4", "rebnn-bit-w1a2"])
     stages = [(stage.name, stage.preset, stage.previous) for stage in arguments.distillations()]
     assert stages == [
         ("stage-1", "rebnn-bit-w1a4", None),

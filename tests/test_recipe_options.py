@@ -11,18 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from embedder_arguments import parse_embedder_arguments
-from recipe_arguments import BalanceArguments, BinaryArguments, parse_arguments
-from squad import SquadDataArguments
+from glue_arguments import parse_glue_arguments
+from recipe_arguments import BalanceArguments, BinaryArguments
+from squad_arguments import parse_squad_arguments
 
 from rebnn_hf import ReBNNConfig
 from rebnn_hf.presets import CONFIGS
 
-
-def parse_squad_arguments(options: list[str]):
-    return parse_arguments(options, SquadDataArguments)
-
-
-TEXT = (parse_arguments, parse_squad_arguments, parse_embedder_arguments)
+TEXT = (parse_glue_arguments, parse_squad_arguments, parse_embedder_arguments)
 
 
 def refusal(parse, options: list[str], capsys) -> str:
@@ -62,7 +58,7 @@ def test_switches_need_no_value(parse):
 
 @pytest.mark.parametrize("preset", CONFIGS)
 def test_every_preset_can_be_asked_for(preset):
-    assert parse_arguments(["--preset", preset]).binary.config() == ReBNNConfig.preset(preset)
+    assert parse_glue_arguments(["--preset", preset]).binary.config() == ReBNNConfig.preset(preset)
 
 
 # -------------------------------------------------------------------------------------------------------- wrong numbers
@@ -140,7 +136,7 @@ def test_an_option_without_its_partner_is_refused(parse, option, partner, capsys
     ],
 )
 def test_an_option_beside_one_that_rules_it_out_is_refused(options, complaint, capsys):
-    assert complaint in refusal(parse_arguments, options.split(), capsys)
+    assert complaint in refusal(parse_glue_arguments, options.split(), capsys)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +156,7 @@ def test_an_option_beside_one_that_rules_it_out_is_refused(options, complaint, c
     ],
 )
 def test_an_option_with_its_partner_is_taken(options):
-    assert parse_arguments(options.split())
+    assert parse_glue_arguments(options.split())
 
 
 # --------------------------------------------------------------------------------------------------- files of one's own
@@ -168,7 +164,7 @@ def test_an_option_with_its_partner_is_taken(options):
 
 def test_help_says_what_files_have_to_hold(capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+        parse_glue_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for words in ("`sentence1`, `sentence` or `text`, for pairs `sentence2`, and `label`", ".jsonl", "mean regression"):
         assert words in text

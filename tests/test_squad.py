@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import glue
 import squad
-from recipe_arguments import parse_arguments
 from recipe_folder import STAGES, read_json
 from recipe_training import CompactProgress
-from squad_data import FEATURES, checked, load_files, load_hub, read_squad
+from squad_arguments import parse_squad_arguments
+from squad_data import FEATURES, SQUAD, checked, load_files, load_hub, read_squad
 from squad_windows import best_answers, best_span, check_tokenizer, find_span, training_windows, validation_windows
 
 ROOT = Path(__file__).parents[1]
@@ -526,13 +526,13 @@ def test_an_adapter_on_the_packed_model(finished, copied, rows):
 )
 def test_wrong_options_are_explained(options, complaint, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(options, squad.SquadDataArguments)
+        parse_squad_arguments(options)
     assert complaint in capsys.readouterr().err
 
 
 def test_options_left_out_take_the_defaults():
-    arguments = parse_arguments([], squad.SquadDataArguments)
-    arguments.fill_in(squad.SQUAD)
+    arguments = parse_squad_arguments([])
+    arguments.fill_in(SQUAD)
     assert (arguments.data.max_length, arguments.data.stride, arguments.data.max_answer_length) == (384, 128, 30)
     assert arguments.run.output_dir == "runs/squad" and arguments.student.batch_size == 32
     assert arguments.teacher.model_name_or_path == "google-bert/bert-base-uncased"
