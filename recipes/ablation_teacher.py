@@ -6,10 +6,10 @@ python recipes/ablation_teacher.py --task sst2 --output_dir FOLDER      # leaves
 from __future__ import annotations
 
 from accelerate import PartialState
-from glue import fine_tune_teacher
 from glue_arguments import parse_glue_arguments
 from glue_job import GlueJob
 from recipe_job import prepare
+from recipe_teacher import fine_tune_teacher
 
 
 def main(argv: list[str] | None = None) -> None:

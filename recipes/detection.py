@@ -26,8 +26,8 @@ from detection_job import DetectionJob, prepare_detection
 from detection_report import print_summary, write_report
 from detection_scores import Scores
 from detection_training import BinaryDetectionTrainer, DetectionTrainer, largest_difference
-from glue import save, train_logged, trained_record, training_arguments
 from recipe_report import is_reported
+from recipe_training import save, train_logged, trained_record, training_arguments
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import rebnn_hf

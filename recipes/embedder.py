@@ -21,22 +21,13 @@ from augmentation import check_augmentation, student_tokens
 from embedder_arguments import parse_embedder_arguments
 from embedder_job import EmbedderJob
 from embedder_training import EmbedderTrainer
-from glue import (
-    NOT_PACKED,
-    build_student,
-    check_architecture,
-    check_equal,
-    largest_difference,
-    load_teacher,
-    report,
-    student_arguments,
-    student_rates,
-    train_logged,
-    trained_record,
-    trainer_inputs,
-)
 from recipe_arguments import Distillation
 from recipe_job import prepare
+from recipe_packing import NOT_PACKED, check_equal, largest_difference
+from recipe_report import report
+from recipe_stages import check_architecture
+from recipe_student import build_student, load_teacher, student_arguments, student_rates
+from recipe_training import train_logged, trained_record, trainer_inputs
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 

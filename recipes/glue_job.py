@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from datasets import Dataset, DatasetDict
 from glue_files import custom_task, load_files
-from glue_grammar import build_demo_tokenizer
+from glue_grammar import bag_of_words_accuracy, build_demo_tokenizer, demo_model_config
 from glue_scores import compute_metrics, predictions_of, submission_name, write_submission
 from glue_tasks import GlueTask, get_task, load_task
 from recipe_arguments import Arguments
@@ -58,6 +58,12 @@ classify = pipeline("text-classification", model="path/to/this/folder")"""
             return build_demo_tokenizer(list(data["train"]["sentence1"]))
         return load_pretrained(AutoTokenizer.from_pretrained, arguments.teacher.source)
 
+    def new_teacher(self) -> PreTrainedModel:
+        """The pretrained encoder with a new head; for the demo a small one from scratch."""
+        if self.arguments.teacher.model_name_or_path is None:
+            return AutoModelForSequenceClassification.from_config(demo_model_config(len(self.tokenizer)))
+        return super().new_teacher()
+
     @cached_property
     def tokens(self) -> DatasetDict:
         """The data as token ids."""
@@ -93,6 +99,10 @@ classify = pipeline("text-classification", model="path/to/this/folder")"""
             for metric, value in compute(EvalPrediction(values, labels)).items():
                 scores[metric + name.removeprefix("validation")] = float(value)
         return scores
+
+    def score_baselines(self) -> dict[str, dict[str, float]]:
+        """The accuracy that counting words has on the demo."""
+        return {"bag_of_words": {"accuracy": bag_of_words_accuracy(self.data)}} if self.task.name == "demo" else {}
 
     def submit(self, model: PreTrainedModel, logits: Logits) -> None:
         """Writes the predictions for the test splits in the form GLUE takes."""

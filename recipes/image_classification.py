@@ -22,11 +22,14 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
-from glue import check_head, check_labels, pack_student, report, save, train_logged, trained_record, training_arguments
 from image_arguments import parse_image_arguments
 from image_job import ImageJob
 from image_training import StageOneTrainer, StageTwoTrainer, TeacherTrainer, load_average
 from recipe_job import prepare
+from recipe_packing import pack_student
+from recipe_report import report
+from recipe_teacher import check_head, check_labels
+from recipe_training import save, train_logged, trained_record, training_arguments
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import rebnn_hf

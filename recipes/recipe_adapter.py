@@ -1,15 +1,40 @@
-"""The LoRA adapter of a recipe: float corrections of low rank beside the bits of the packed model (needs PEFT)."""
+"""The stage of the LoRA adapter: float corrections of low rank beside the bits of the packed model (needs PEFT)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from recipe_job import Job
+from recipe_student import distil
+from recipe_training import save, trained_record
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from rebnn_hf import PackedLinear
+
+
+def train_adapter(job: Job) -> dict[str, Any]:
+    """Trains a LoRA adapter beside the bits, reloads both as a user would, and scores them together."""
+    options, folder = job.arguments.adapter, job.run.folder("adapter")
+    packed = job.run.folder("packed")
+
+    def build() -> PreTrainedModel:
+        return add_adapter(job.load(packed), options.lora, job.adapter_task)
+
+    rates = {"learning_rate": options.lora_learning_rate, "num_train_epochs": options.lora_epochs}
+    trained, record = distil(job, "adapter", job.arguments.distillations()[-1], build, **rates)
+    save(job, load_adapter(job.load(packed), trained.checkpoint), "adapter")
+    adapted = load_adapter(job.auto_model.from_pretrained(packed), folder)
+    return {
+        **record,
+        **trained_record([trained]),
+        "scores": job.score(job.validate(adapted)),
+        "rank": options.lora,
+        "parameters": count_parameters(folder),
+    }
 
 
 def add_adapter(packed: PreTrainedModel, rank: int, task_type: str | None) -> PeftModel:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rebnn_hf.checkpoints import CHECKPOINTS, DRAFT
+
 STAGES = ("teacher", "latent", "packed")  # of a run that distils once
 Settings = dict[str, dict[str, Any]]
 
@@ -127,6 +129,13 @@ class RunFolder:
         for folder in map(self.folder, dropped):
             if folder.exists():
                 shutil.rmtree(folder)
+
+
+def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
+    """Deletes the checkpoints below `folder` but `keep`: with the optimizer's state each takes three times a model."""
+    for path in [*folder.rglob(CHECKPOINTS), *folder.rglob(DRAFT)]:
+        if path != keep and path.exists():  # a checkpoint in a draft went with it
+            shutil.rmtree(path)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -20,9 +20,8 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import snapshot_download
 from recipe_arguments import Arguments
-from recipe_folder import RunFolder, Settings
+from recipe_folder import RunFolder, Settings, remove_checkpoints
 from recipe_task import Task
-from recipe_training import device_arguments, remove_checkpoints
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -107,6 +106,10 @@ class Job(ABC):
     def score(self, logits: Logits) -> dict[str, float]:
         """The metrics of what `validate` returns; nothing but in the main process, whose record counts."""
 
+    def score_baselines(self) -> dict[str, dict[str, float]]:
+        """The metrics of what the models are to be compared with, by name."""
+        return {}
+
     def submit(self, model: PreTrainedModel, logits: Logits) -> None:
         """Writes what the packed model predicts, if anyone wants it; its `logits` on the validation data are known."""
         return None
@@ -173,6 +176,12 @@ class TextJob(Job):
             options["attn_implementation"] = "eager"
         return super().load(source, **options)
 
+    def new_teacher(self) -> PreTrainedModel:
+        """The pretrained encoder with a new head, which is to be fine-tuned."""
+        names = dict(enumerate(self.task.labels)) if self.task.labels else {}
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if names else {}
+        return self.load(self.arguments.teacher.model_name_or_path, num_labels=self.task.num_labels, **labels)
+
     @property
     @abstractmethod
     def tokens(self) -> DatasetDict:
@@ -233,6 +242,12 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
 def start_process() -> PartialState:
     """This process among those of the run."""
     return PartialState(**({"cpu": True} if device_arguments()["use_cpu"] else {}))
+
+
+def device_arguments() -> dict[str, bool]:
+    """The arguments of the Trainer that depend on whether there is an accelerator."""
+    on_cpu = not torch.accelerator.is_available()
+    return {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
 
 
 def launcher(process: PartialState, *options: str) -> list[str]:

@@ -15,7 +15,6 @@ import accelerate
 import datasets
 import torch
 import transformers
-from glue_grammar import bag_of_words_accuracy
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from recipe_folder import final_stage, read_json, write_json
 from recipe_job import Job, launcher
@@ -25,6 +24,15 @@ from rebnn_hf import model_card, plot_epoch_flips, plot_latent_weights, plot_osc
 from rebnn_hf.checkpoints import STATE_FILE
 
 MEGABYTE = 1e6
+
+
+def report(job: Job) -> None:
+    """Writes and prints the results, unless a finished run left them."""
+    if job.process.is_main_process:
+        if not is_reported(job):
+            write_report(job)
+        print_summary(job.run.results())
+    job.process.wait_for_everyone()
 
 
 def write_report(job: Job) -> None:
@@ -88,8 +96,7 @@ def collect(job: Job) -> dict[str, Any]:
         results["adapter"] = {name: records["adapter"][name] for name in ("rank", "parameters")}
     if "embeddings_per_second" in records["packed"]:
         results["embeddings_per_second"] = records["packed"]["embeddings_per_second"]
-    if job.task.name == "demo":
-        results["scores"]["bag_of_words"] = {"accuracy": bag_of_words_accuracy(job.data)}
+    results["scores"].update(job.score_baselines())
     return results
 
 

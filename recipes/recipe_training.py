@@ -1,9 +1,8 @@
-"""What a recipe asks of the Trainer: length-grouped batches, short log lines, exact continuation, predictions."""
+"""How a stage trains and what it saves, and predictions: batches by length, short log lines, exact continuation."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from recipe_folder import remove_checkpoints
+from recipe_job import Job, device_arguments, parts
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     DataCollatorWithPadding,
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from rebnn_hf import ReBNNTrainer
-from rebnn_hf.checkpoints import CHECKPOINTS, DRAFT, WholeCheckpoints, newest_checkpoint, read_state
+from rebnn_hf.checkpoints import STATE_FILE, WholeCheckpoints, newest_checkpoint, read_state, written_aside
 
 EVALUATION_BATCH = 64
 DIVERGED = (
@@ -189,6 +190,29 @@ class Trained:
     earlier_seconds: float
 
 
+def training_arguments(
+    kind: Callable[..., TrainingArguments], job: Job, stage: str, **specific: Any
+) -> TrainingArguments:
+    """The arguments that teacher and student share, and the `specific` ones of a stage."""
+    return kind(
+        output_dir=str(job.run.folder(stage)),
+        per_device_train_batch_size=job.arguments.student.batch_size // parts(job.arguments, job.process),
+        warmup_steps=job.arguments.student.warm_up,
+        lr_scheduler_type="linear",
+        save_total_limit=1,
+        logging_first_step=True,
+        disable_tqdm=False,
+        **job.arguments.run.training(),
+        **device_arguments(),
+        **specific,
+    )
+
+
+def trainer_inputs(job: Job) -> dict[str, Any]:
+    """What both Trainers train on."""
+    return {"train_dataset": job.tokens["train"], "data_collator": DataCollatorWithPadding(job.tokenizer)}
+
+
 def train(trainer: Trainer, folder: Path) -> Trained:
     """Trains to the end, from the newest whole checkpoint in `folder` on if there is one."""
     resumed = newest_checkpoint(folder)
@@ -212,17 +236,50 @@ def train(trainer: Trainer, folder: Path) -> Trained:
     return Trained(last, read_state(last), earlier)
 
 
-def remove_checkpoints(folder: Path, keep: Path | None = None) -> None:
-    """Deletes the checkpoints below `folder` but `keep`: with the optimizer's state each takes three times a model."""
-    for path in [*folder.rglob(CHECKPOINTS), *folder.rglob(DRAFT)]:
-        if path != keep and path.exists():  # a checkpoint in a draft went with it
-            shutil.rmtree(path)
-
-
 def silence(trainer: Trainer) -> None:
     """Replaces the Trainer's printing by `CompactProgress`."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CompactProgress())
+
+
+def train_logged(job: Job, trainer: Trainer, name: str) -> Trained:
+    """Trains in the folder of that name and leaves the training log there."""
+    silence(trainer)
+    folder = job.run.folder(name)
+    trained = train(trainer, folder)
+    if job.process.is_main_process:
+        trained.state.save_to_json(str(folder / STATE_FILE))
+    return trained
+
+
+def trained_record(runs: Sequence[Trained]) -> dict[str, Any]:
+    """What a stage records of its trainings."""
+    return {
+        "steps": sum(run.state.global_step for run in runs),
+        "earlier_seconds": sum(run.earlier_seconds for run in runs),
+    }
+
+
+def save(job: Job, model: PreTrainedModel, stage: str) -> None:
+    """Leaves the model, with its tokenizer if it has one, in the stage's folder: each file whole or not there.
+
+    Raises:
+        SystemExit: If the training that made it diverged.
+    """
+    check_finite(model, stage)
+    if job.process.is_main_process:
+        with written_aside(job.run.folder(stage)) as draft:
+            model.save_pretrained(draft)
+            if job.tokenizer is not None:
+                job.tokenizer.save_pretrained(draft)
+    job.process.wait_for_everyone()
+
+
+def check_finite(model: PreTrainedModel, stage: str) -> None:
+    """Refuses a model with weights that are no numbers."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SystemExit(f"{stage}: {name} holds NaN or infinity. {DIVERGED}")
 
 
 def predict(
@@ -262,9 +319,3 @@ def outputs_of(
     return tuple(
         np.asarray(output, dtype=np.float32) for output in (outputs if isinstance(outputs, tuple) else (outputs,))
     )
-
-
-def device_arguments() -> dict[str, bool]:
-    """The arguments of the Trainer that depend on whether there is an accelerator."""
-    on_cpu = not torch.accelerator.is_available()
-    return {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}

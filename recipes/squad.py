@@ -12,8 +12,8 @@ repeated.
 
 from __future__ import annotations
 
-from glue import run_stages
 from recipe_job import prepare
+from recipe_stages import run_stages
 from squad_arguments import parse_squad_arguments
 from squad_job import SquadJob
 

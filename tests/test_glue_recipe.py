@@ -18,11 +18,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from torch.utils.data import BatchSampler
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -45,18 +43,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import ablation_teacher
 import glue
+import recipe_stages
 from glue_arguments import parse_glue_arguments
 from glue_grammar import demo_dataset, demo_model_config
 from glue_job import GlueJob
 from glue_tasks import get_task
 from hub_server import Hub, Repo, serving
-from recipe_folder import STAGES, RunFolder, read_json, write_json
+from recipe_folder import STAGES, RunFolder, read_json
 from recipe_job import hint_at_idle_cores
+from recipe_packing import check_equal, largest_difference
+from recipe_stages import check_architecture
+from recipe_teacher import check_labels, mean_weights
 from recipe_training import (
     CompactProgress,
     FineTuningTrainer,
-    LengthGroupedSampler,
-    log_line,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -265,7 +265,7 @@ def test_run_stopped_before_the_report_is_completed(copied):
 
 
 def test_failure_leaves_no_results(copied, monkeypatch):
-    monkeypatch.setattr(glue, "pack_student", lambda job: 1 / 0)
+    monkeypatch.setattr(recipe_stages, "pack_student", lambda job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rerun(copied, *SMALL, "--packed_dtype", "float16", "--overwrite")
     assert not (copied / "results.json").exists()
@@ -413,7 +413,7 @@ def test_fine_tunings_start_from_the_same_head(tmp_path):
 
 def test_mean_by_hand():
     states = [{"w": torch.tensor([x, y]), "n": torch.tensor(n)} for x, y, n in ((1e8, 1, 5), (1, 2, 8), (-1e8, 6, 9))]
-    mean = glue.mean_weights(states)
+    mean = mean_weights(states)
     assert torch.equal(mean["w"], torch.tensor([1 / 3, 3])), "in float32 the 1 would be lost beside 1e8"
     assert mean["n"] == torch.tensor(5), "integers count something: no mean"
 
@@ -785,7 +785,7 @@ def test_what_is_said_of_other_architectures_can_be_done(tmp_path):
     def check(*options: str) -> None:
         arguments = parse_glue_arguments(["--model_name_or_path", str(tmp_path), *options])
         run = RunFolder(tmp_path / "run")
-        glue.check_architecture(GlueJob(arguments, None, None, None, run, run.folder("teacher"), None))
+        check_architecture(GlueJob(arguments, None, None, None, run, run.folder("teacher"), None))
 
     with pytest.raises(SystemExit) as refused:
         check("--preset", "rebnn-bit-w1a1")
@@ -862,12 +862,12 @@ def test_teacher_inside_the_output_folder_is_refused(finished):
 def test_teacher_for_other_labels_is_refused(finished):
     teacher = AutoModelForSequenceClassification.from_pretrained(finished.folder / "teacher")
     with pytest.raises(SystemExit, match="has 2 outputs, but mnli needs 3"):
-        glue.check_labels(teacher, get_task("mnli"))
+        check_labels(teacher, get_task("mnli"))
     teacher.config.id2label = {0: "POSITIVE", 1: "NEGATIVE"}
     with pytest.raises(SystemExit, match="order"):
-        glue.check_labels(teacher, get_task("sst2"))
+        check_labels(teacher, get_task("sst2"))
     teacher.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
-    glue.check_labels(teacher, get_task("sst2"))
+    check_labels(teacher, get_task("sst2"))
 
 
 @pytest.mark.parametrize(
@@ -950,84 +950,8 @@ def test_stages_are_named_in_order_and_each_has_the_method_of_its_preset():
 
 def test_packed_model_that_answers_differently_is_not_reported():
     logits = {"validation": np.array([[2.0, -1.0]], dtype=np.float32)}
-    glue.check_equal(logits, logits, torch.float32)
-    assert glue.largest_difference(logits, {"validation": logits["validation"] + 0.5}) == 0.5
+    check_equal(logits, logits, torch.float32)
+    assert largest_difference(logits, {"validation": logits["validation"] + 0.5}) == 0.5
     for wrong in (1.0, float("nan")):
         with pytest.raises(RuntimeError, match="does not answer like"):
-            glue.check_equal(logits, {"validation": logits["validation"] + wrong}, torch.float32)
-
-
-# ------------------------------------------------------------------------------------------------------------- parts
-
-
-def test_sampler_is_a_function_of_seed_and_epoch():
-    lengths = np.random.default_rng(0).integers(3, 60, 1003).tolist()
-
-    def draw(seed: int, epoch: int) -> list[int]:
-        return list(LengthGroupedSampler(lengths, 8, lambda: epoch, seed))
-
-    assert sorted(draw(1, 0)) == list(range(1003))
-    assert draw(1, 0) == draw(1, 0)
-    assert draw(1, 0) != draw(1, 1) and draw(1, 0) != draw(2, 0)
-    spreads = [np.ptp([lengths[i] for i in draw(1, 0)[at : at + 8]]) for at in range(0, 1000, 8)]
-    assert np.mean(spreads) < 3, "examples of a batch are of similar length"
-    means = [np.mean([lengths[i] for i in draw(1, 0)[at : at + 8]]) for at in range(0, 1000, 8)]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3, "batches come in no order of length"
-
-
-def test_processes_share_the_batch_of_one():
-    sampler = LengthGroupedSampler(list(range(96)), 8, lambda: 0, 0)
-    together = [set(batch) for batch in BatchSampler(sampler, 8, drop_last=False)]
-    shares = [BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), 2, process) for process in (0, 1)]
-    assert [set(one) | set(two) for one, two in zip(*shares, strict=True)] == together
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
-def test_sampler_of_few_examples(size):
-    assert sorted(LengthGroupedSampler([5] * size, 8, lambda: 0, 0)) == list(range(size))
-
-
-def test_json_is_replaced_in_one_step(tmp_path):
-    write_json(tmp_path / "a" / "file.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a" / "file.json", {"a": object()})
-    assert read_json(tmp_path / "a" / "file.json") == {"a": 1}
-    assert read_json(tmp_path / "missing.json") is None
-
-
-def settings(**changes: object) -> dict[str, dict]:
-    return {stage: {"x": 1, "y": None} | ({"x": changes[stage]} if stage in changes else {}) for stage in STAGES}
-
-
-def test_dropping_a_stage_drops_those_after_it(tmp_path):
-    run = RunFolder(tmp_path)
-    run.begin(settings())
-    for stage in STAGES:
-        run.folder(stage).mkdir()
-        run.complete(stage, {"stage": stage})
-    write_json(run.results_file, {})
-    run.check(settings(), overwrite=False)
-    with pytest.raises(SystemExit, match="x: 1 -> 2"):
-        run.check(settings(latent=2), overwrite=False)
-    run.check(settings(latent=2), overwrite=True)
-    run.begin(settings(latent=2))
-    assert run.record("teacher") == {"stage": "teacher"} and run.folder("teacher").exists()
-    assert run.record("latent") is None and run.record("packed") is None and run.results() is None
-    assert not run.folder("latent").exists() and not run.folder("packed").exists()
-
-
-def test_folder_without_work_takes_any_settings(tmp_path):
-    run = RunFolder(tmp_path)
-    run.begin(settings())
-    run.check(settings(teacher=2), overwrite=False)
-
-
-def test_folder_of_unknown_origin_is_refused(tmp_path):
-    (tmp_path / "latent").mkdir()
-    with pytest.raises(SystemExit, match=r"settings\.json is missing"):
-        RunFolder(tmp_path).check(settings(), overwrite=False)
-
-
-def test_log_line_leaves_out_single_layers():
-    logs = {"loss": 0.5, "loss_hidden": 0.25, "flip_ratio": 1e-3, "flip_ratio/a.b": 1.0, "epoch": 2.0}
-    assert log_line(logs) == "loss 0.5  hidden 0.25  flips 0.001"
+            check_equal(logits, {"validation": logits["validation"] + wrong}, torch.float32)
