@@ -311,7 +311,7 @@ class Arguments:
         self._check_stages()
         self.augmentation.check()
         self.adapter.check()
-        check_partners(self.argv, self._partners())
+        check_partners(self.argv, self.partners())
 
     def _check_stages(self) -> None:
         """What the later stages would refuse only after the earlier ones have been trained."""
@@ -332,7 +332,7 @@ class Arguments:
         presets = [*self.binary.stages, self.binary.preset]
         return [Distillation(*stage) for stage in zip(names, presets, [None, *names[:-1]], strict=True)]
 
-    def _partners(self) -> dict[str, tuple[bool, str]]:
+    def partners(self) -> dict[str, tuple[bool, str]]:
         """What options need that do nothing alone, for `check_partners`, and whether it is there."""
         stages = self.distillations()
         methods = [self.binary.config(stage.preset) for stage in stages]
@@ -433,7 +433,7 @@ class Arguments:
         return getattr(torch, self.run.packed_dtype)
 
 
-def parse_arguments(argv: list[str] | None, data: type) -> Arguments:
+def parse_arguments(argv: list[str] | None, data: type, kind: type[Arguments] = Arguments) -> Arguments:
     """The command line of a recipe that answers with logits of a text, with the options of its `data`.
 
     `Arguments.fill_in` completes it later.
@@ -450,7 +450,7 @@ def parse_arguments(argv: list[str] | None, data: type) -> Arguments:
         AdapterArguments,
         EncoderRunArguments,
     )
-    return parse_groups(Arguments, groups, argv)
+    return parse_groups(kind, groups, argv)
 
 
 def parse_groups(kind: type, groups: tuple[type, ...], argv: list[str] | None) -> Any:

@@ -41,10 +41,23 @@ class SquadDataArguments:
         return {"max_answer_length": self.max_answer_length}
 
 
-def parse_squad_arguments(argv: list[str] | None = None) -> Arguments:
+@dataclass
+class SquadArguments(Arguments):
+    """The whole command line: `argv` as it was typed, and what it says."""
+
+    data: SquadDataArguments
+
+    def partners(self) -> dict[str, tuple[bool, str]]:
+        """What options need that do nothing alone, for `check_partners`, and whether it is there."""
+        # The classes of starts and ends are tokens, which differ in number: ReBNNTrainer takes the mean over the batch.
+        classes = "logits of classes; those of question answering are of tokens, always with the mean over the batch"
+        return super().partners() | {"logits_reduction": (False, f"{classes}: leave it out")}
+
+
+def parse_squad_arguments(argv: list[str] | None = None) -> SquadArguments:
     """Reads the command line; `Arguments.fill_in` completes it later.
 
     Raises:
         SystemExit: If the options are wrong or contradict each other.
     """
-    return parse_arguments(argv, SquadDataArguments)
+    return parse_arguments(argv, SquadDataArguments, SquadArguments)

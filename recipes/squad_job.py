@@ -8,10 +8,10 @@ from pathlib import Path
 import evaluate
 import numpy as np
 from datasets import DatasetDict
-from recipe_arguments import Arguments
 from recipe_folder import write_json
 from recipe_job import Logits, TextJob, first, load_pretrained
 from recipe_training import predict_all
+from squad_arguments import SquadArguments
 from squad_data import SQUAD, SquadTask, custom_task, load_files, load_hub
 from squad_windows import best_answers, check_tokenizer, training_windows, validation_windows
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ start, end = outputs.start_logits.argmax(), outputs.end_logits.argmax()
 print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))"""
 
     @staticmethod
-    def load_data(arguments: Arguments) -> tuple[SquadTask, DatasetDict]:
+    def load_data(arguments: SquadArguments) -> tuple[SquadTask, DatasetDict]:
         """The questions with their contexts and answers."""
         options = arguments.data
         try:
@@ -54,7 +54,7 @@ print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))"""
         return task, DatasetDict({name: first(split, limits[name]) for name, split in data.items()})
 
     @staticmethod
-    def load_tokenizer(arguments: Arguments, data: DatasetDict) -> PreTrainedTokenizerBase:
+    def load_tokenizer(arguments: SquadArguments, data: DatasetDict) -> PreTrainedTokenizerBase:
         """The tokenizer of the teacher or of the pretrained model."""
         tokenizer = load_pretrained(AutoTokenizer.from_pretrained, arguments.teacher.source)
         try:

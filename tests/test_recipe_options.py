@@ -112,7 +112,6 @@ ALONE = [
     ("--balance_strength 2", "--balance_form decoupled"),
 ]
 OF_LOGITS = [
-    ("--logits_reduction batch", "--logits_loss soft_cross_entropy"),
     ("--lora_learning_rate 1e-3", "--lora"),
     ("--lora_epochs 2", "--lora"),
 ]
@@ -124,6 +123,20 @@ OF_LOGITS = [
 )
 def test_an_option_without_its_partner_is_refused(parse, option, partner, capsys):
     assert f"{option} does nothing without {partner}" in refusal(parse, option.split(), capsys)
+
+
+def test_the_mean_over_classes_is_refused_without_soft_cross_entropy(capsys):
+    complaint = "--logits_reduction batch does nothing without --logits_loss soft_cross_entropy"
+    assert complaint in refusal(parse_glue_arguments, ["--logits_reduction", "batch"], capsys)
+
+
+@pytest.mark.parametrize("beside", ["", "--logits_loss soft_cross_entropy", "--preset bit"])
+@pytest.mark.parametrize("reduction", ["batch", "batch_class"])
+def test_the_mean_over_classes_is_refused_where_the_classes_are_tokens(reduction, beside, capsys):
+    said = " ".join(refusal(parse_squad_arguments, [*beside.split(), "--logits_reduction", reduction], capsys).split())
+    assert f"--logits_reduction {reduction} does nothing without logits of classes" in said
+    assert said.endswith("mean over the batch: leave it out")
+    assert parse_squad_arguments(beside.split()), "what a preset says of it may be there"
 
 
 @pytest.mark.parametrize(
