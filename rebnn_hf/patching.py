@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import blocks, layout_of, require_model
-from .binarizers import Elastic
+from .binarizers import PARAMETRIC, Elastic
 from .config import ReBNNConfig, config_of, give_config
 from .functional import WeightRule
 from .fusion import fuse
@@ -189,8 +189,8 @@ def rebinarize(
         model: latent, of the stage before.
         config: of the next stage; it must choose the same modules.
         carry_weight_scales: keep learned weight scales where both stages have them; otherwise mean|w|.
-        carry_activation_scales: keep scales and shifts of elastic activations, as BiT does, although a step of 2 bits
-            is not one of 1 bit; otherwise they are found from data anew (see `calibrate`).
+        carry_activation_scales: keep scales and shifts of activations of the same kind, as BiT does, although a step of
+            2 bits is not one of 1 bit; otherwise they are found from data anew (see `calibrate`).
 
     Returns:
         The same model.
@@ -213,12 +213,12 @@ def rebinarize(
     config.state = "latent"
     names = [name for name, module in model.named_modules() if isinstance(module, LATENT_TYPES)]
     record(model, config, {name: model.get_submodule(name) for name in names})
-    old = {n: m for n, m in model.named_modules() if isinstance(m, Elastic)} if carry_activation_scales else {}
+    old = {n: m for n, m in model.named_modules() if isinstance(m, PARAMETRIC)} if carry_activation_scales else {}
     for name in names:
         _change_rule(model.get_submodule(name), config, carry_weight_scales)
     add_activations(model, config, names)
     for name, module in model.named_modules():
-        if isinstance(module, Elastic) and name in old:
+        if isinstance(module, PARAMETRIC) and type(module) is type(old.get(name)):
             module.load_state_dict(old[name].state_dict())
     remember_quantization(model, config)
     return model

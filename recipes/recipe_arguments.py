@@ -54,6 +54,10 @@ class EncoderStudentArguments:
 
     _argument_group_name = "student"
 
+    student: str | None = option(
+        "folder of a latent model (`latent` of an earlier run, also of another task or of embedder.py) whose encoder "
+        "the first stage goes on from, under the head of the teacher; default: the teacher itself, binarized"
+    )
     learning_rate: float | None = option("of everything that stays float; default: the task's")
     latent_learning_rate: float | None = option("of the latent weights; default: the learning rate")
     scale_learning_rate: float | None = option("of the scales; default: the learning rate")

@@ -22,10 +22,7 @@ from huggingface_hub import snapshot_download
 from recipe_arguments import Arguments
 from recipe_folder import RunFolder, Settings, remove_checkpoints
 from recipe_task import Task
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a teacher on the Hub
 
@@ -358,6 +355,15 @@ def load_pretrained(loader: Callable[..., Any], source: str | Path, **options: A
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise SystemExit(f"{source} cannot be loaded: pass the folder of a model you have ({reason}).") from None
+
+
+def with_dropout(source: str | Path, dropout: float) -> PretrainedConfig:
+    """Config of a saved model with another dropout."""
+    config = load_pretrained(AutoConfig.from_pretrained, source)
+    for name, value in config.to_dict().items():
+        if "dropout" in name and type(value) in (int, float):  # each architecture has its own names for it
+            setattr(config, name, dropout)
+    return config
 
 
 def first(split: Dataset, limit: int | None) -> Dataset:

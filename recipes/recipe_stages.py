@@ -11,6 +11,7 @@ from accelerate import PartialState
 from recipe_job import Job, load_pretrained
 from recipe_packing import pack_student
 from recipe_report import report
+from recipe_start import check_student
 from recipe_student import distil_student
 from recipe_teacher import fine_tune_teacher
 from transformers import AutoConfig
@@ -60,8 +61,12 @@ def check_architecture(job: Job) -> None:
     try:
         with torch.device("meta"):
             model = job.auto_model.from_config(config)
-        for stage in job.arguments.distillations():
-            rebnn_hf.selected_modules(model, job.arguments.binary.config(stage.preset))
+        methods = [job.arguments.binary.config(stage.preset) for stage in job.arguments.distillations()]
+        for method in methods:
+            rebnn_hf.selected_modules(model, method)
     except ValueError as error:
         options = "Fields are options of the same name: --attention softmax"
         raise SystemExit(f"{source} cannot be binarized as asked: {error} ({options})") from None
+    folder = job.arguments.student.student
+    if folder is not None:
+        check_student(job, folder, model, methods[0])

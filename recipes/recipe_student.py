@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from augmentation import student_tokens
 from recipe_arguments import Distillation
-from recipe_job import Job
+from recipe_job import Job, with_dropout
+from recipe_start import continued
 from recipe_training import (
     DistillationTrainer,
     Trained,
@@ -20,7 +20,7 @@ from recipe_training import (
     training_arguments,
 )
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 import rebnn_hf
 from rebnn_hf import ReBNNTrainingArguments
@@ -77,32 +77,25 @@ def load_teacher(job: Job, stage: Distillation) -> PreTrainedModel:
 
 
 def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
-    """The model of the stage before, or the fine-tuned teacher, in few bits and with the student's dropout.
+    """The model of the stage before, that of --student, or the fine-tuned teacher, in few bits, with its own dropout.
 
-    Its float embeddings stay the teacher's.
+    Its float embeddings stay those it starts with.
     """
+    options, method = job.arguments.student, job.arguments.binary.config(stage.preset)
     source = job.teacher_folder if stage.previous is None else job.run.folder(stage.previous)
-    model = job.load(source, config=with_dropout(source, job.arguments.student.dropout))
-    method = job.arguments.binary.config(stage.preset)
-    if stage.previous is None:
-        student = rebnn_hf.binarize(model, method)
-    else:
+    model = job.load(source, config=with_dropout(source, options.dropout))
+    if stage.previous is not None:
         student = rebnn_hf.rebinarize(
             model,
             method,
-            carry_weight_scales=job.arguments.student.stage_weight_scales == "carry",
-            carry_activation_scales=job.arguments.student.stage_activation_scales == "carry",
+            carry_weight_scales=options.stage_weight_scales == "carry",
+            carry_activation_scales=options.stage_activation_scales == "carry",
         )
+    elif options.student is not None:
+        student = continued(job, options.student, model, method)
+    else:
+        student = rebnn_hf.binarize(model, method)
     for module in student.modules():
         if type(module) is nn.Embedding:
             module.weight.requires_grad_(job.arguments.student.train_embeddings)
     return student
-
-
-def with_dropout(source: str | Path, dropout: float) -> PretrainedConfig:
-    """Config of a saved model with another dropout."""
-    config = AutoConfig.from_pretrained(source)
-    for name, value in config.to_dict().items():
-        if "dropout" in name and type(value) in (int, float):  # each architecture has its own names for it
-            setattr(config, name, dropout)
-    return config
