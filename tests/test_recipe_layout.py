@@ -17,6 +17,7 @@ SHARED = [
     "augmentation_candidates",
     "augmentation",
     "recipe_teacher",
+    "recipe_start",
     "recipe_student",
     "recipe_packing",
     "recipe_adapter",
