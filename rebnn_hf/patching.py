@@ -190,7 +190,8 @@ def rebinarize(
         config: of the next stage; it must choose the same modules.
         carry_weight_scales: keep learned weight scales where both stages have them; otherwise mean|w|.
         carry_activation_scales: keep scales and shifts of activations of the same kind, as BiT does, although a step of
-            2 bits is not one of 1 bit; otherwise they are found from data anew (see `calibrate`).
+            2 bits is not one of 1 bit; otherwise they are found from data anew (see `calibrate`), but for RPReLU, which
+            stays where both have it.
 
     Returns:
         The same model.

@@ -37,14 +37,11 @@ from rebnn_hf.kernels import use_backend
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    job = prepare(parse_embedder_arguments(argv), EmbedderJob)
-    check_augmentation(job)
-    run_stages(job)
+    run_stages(prepare(parse_embedder_arguments(argv), EmbedderJob, check_architecture, check_augmentation))
 
 
 def run_stages(job: EmbedderJob) -> None:
     """Runs what is left to do."""
-    check_architecture(job)
     job.stage("teacher", score_teacher)
     for stage in job.arguments.distillations():
         job.stage(stage.name, partial(distil_student, stage=stage))

@@ -18,15 +18,14 @@ from glue_arguments import parse_glue_arguments
 from glue_files import describe
 from glue_job import GlueJob
 from recipe_job import prepare
-from recipe_stages import run_stages
+from recipe_stages import check_architecture, run_stages
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    job = prepare(parse_glue_arguments(argv), GlueJob)
+    job = prepare(parse_glue_arguments(argv), GlueJob, check_architecture, check_augmentation)
     if job.task.name == "custom":
         job.process.print(describe(job.task))
-    check_augmentation(job)
     run_stages(job)
 
 

@@ -91,6 +91,13 @@ class RunFolder:
                 "Choose another --output_dir, or pass --overwrite to redo the stages these settings touch."
             )
 
+    def has_work_left(self, settings: Settings) -> bool:
+        """Whether a run with these settings has a stage to do, or to do again."""
+        complete = self.records()
+        return bool(self._changes(settings)) or any(
+            stage not in complete for stage, wanted in settings.items() if wanted
+        )
+
     def begin(self, settings: Settings) -> None:
         """Starts a run in a new folder, or continues the one in it.
 
@@ -100,7 +107,7 @@ class RunFolder:
         changes = self._changes(settings)
         if changes:
             self._drop_from(next(iter(changes)))
-        if any(self.record(stage) is None for stage, wanted in settings.items() if wanted):
+        if self.has_work_left(settings):
             self.results_file.unlink(missing_ok=True)
         write_json(self.settings_file, settings)
 

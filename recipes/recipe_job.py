@@ -208,15 +208,23 @@ class TextJob(Job):
         """What is 1-bit, and how the model was made."""
         return (
             "Made with rebnn_hf: the weights of the layers listed below are stored as one bit each, with one scale per "
-            "row. The model was distilled from a float teacher of the same shape."
+            "row. The model was distilled from a float teacher of the same shape"
+            + (", beginning with the encoder of an earlier 1-bit model." if self.arguments.student.student else ".")
         )
 
 
-def prepare(arguments: Arguments, kind: type[Job]) -> Job:
+def prepare(arguments: Arguments, kind: type[Job], *checks: Callable[[Job], None]) -> Job:
     """Loads data and tokenizer and opens the output folder of a job of this kind.
 
+    Args:
+        arguments: The command line.
+        kind: Of job.
+        checks: What refuses a job by a SystemExit. They come before the folder is touched, from which `--overwrite`
+            drops stages, and are left out where nothing is left to do.
+
     Raises:
-        SystemExit: If data or tokenizer cannot be loaded, or the folder holds a run with other settings.
+        SystemExit: If data or tokenizer cannot be loaded, a check refuses the job, or the folder holds a run with
+            other settings.
     """
     process = start_process()
     with process.main_process_first():
@@ -232,8 +240,11 @@ def prepare(arguments: Arguments, kind: type[Job]) -> Job:
     run = RunFolder(arguments.run.output_dir, tuple(settings))
     with process.main_process_first():
         teacher_folder = find_teacher(arguments, run)
+    job = kind(arguments, task, data, tokenizer, run, teacher_folder, process)
+    for check in checks if run.has_work_left(settings) else ():
+        check(job)
     begin(run, settings, arguments.run.overwrite, process)
-    return kind(arguments, task, data, tokenizer, run, teacher_folder, process)
+    return job
 
 
 def start_process() -> PartialState:
@@ -329,9 +340,14 @@ def find_teacher(arguments: Arguments, run: RunFolder) -> Path:
         folder = Path(load_pretrained(snapshot_download, given, allow_patterns=MODEL_FILES))
         check_weights(folder, given)
         return folder
-    if Path(given).resolve().is_relative_to(run.root.resolve()):
-        raise SystemExit(f"--teacher {given} lies in --output_dir, which may be cleared: choose another --output_dir.")
+    refuse_own_folder(run, "--teacher", given)
     return Path(given)
+
+
+def refuse_own_folder(run: RunFolder, option: str, given: str) -> None:
+    """Refuses to read from the folder of the run."""
+    if Path(given).resolve().is_relative_to(run.root.resolve()):
+        raise SystemExit(f"{option} {given} lies in --output_dir, which may be cleared: choose another --output_dir.")
 
 
 def check_weights(folder: Path, name: str) -> None:

@@ -21,7 +21,6 @@ import rebnn_hf
 
 def run_stages(job: Job) -> None:
     """Runs what is left to do of a job of any kind."""
-    check_architecture(job)
     with unfinished_explained(job):
         job.stage("teacher", fine_tune_teacher)
         for stage in job.arguments.distillations():
@@ -55,9 +54,7 @@ def check_architecture(job: Job) -> None:
         SystemExit: With what binarize() says.
     """
     source = job.arguments.teacher.source
-    if source is None:  # the demo's own
-        return
-    config = load_pretrained(AutoConfig.from_pretrained, source)
+    config = job.new_teacher().config if source is None else load_pretrained(AutoConfig.from_pretrained, source)
     try:
         with torch.device("meta"):
             model = job.auto_model.from_config(config)
@@ -66,7 +63,7 @@ def check_architecture(job: Job) -> None:
             rebnn_hf.selected_modules(model, method)
     except ValueError as error:
         options = "Fields are options of the same name: --attention softmax"
-        raise SystemExit(f"{source} cannot be binarized as asked: {error} ({options})") from None
+        raise SystemExit(f"{source or job.task.name} cannot be binarized as asked: {error} ({options})") from None
     folder = job.arguments.student.student
     if folder is not None:
         check_student(job, folder, model, methods[0])

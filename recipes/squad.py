@@ -13,7 +13,7 @@ repeated.
 from __future__ import annotations
 
 from recipe_job import prepare
-from recipe_stages import run_stages
+from recipe_stages import check_architecture, run_stages
 from squad_arguments import parse_squad_arguments
 from squad_job import SquadJob
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             "--augment replaces words of classified sentences; in question answering the answers would move."
         )
-    run_stages(prepare(arguments, SquadJob))
+    run_stages(prepare(arguments, SquadJob, check_architecture))
 
 
 if __name__ == "__main__":
