@@ -2,6 +2,7 @@
 through its Auto class, and asked through `pipeline`. Sequence and image classification have tests of their own.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,8 @@ def test_reloaded_through_the_auto_class_it_gives_equal_outputs(trained):
     assert type(loaded) is trained.task.cls
     assert sum(isinstance(module, PACKED_TYPES) for module in loaded.modules()) == CONVERTED
     assert fusion.is_fused(loaded) == fusion.is_fused(trained.model)
-    expected, found = outputs(trained.model, trained.batch), outputs(loaded, trained.batch)
+    aligned = copy.deepcopy(loaded)  # tensors of a mapped file lie anywhere, and where they lie float products round
+    expected, found = outputs(trained.model, trained.batch), outputs(aligned, trained.batch)
     assert found.keys() == expected.keys() and len(found) >= 2
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
