@@ -1,5 +1,7 @@
 """Networks of torchvision and timm as they are, without the wrapper of transformers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -107,9 +109,8 @@ def test_training_packing_and_loading(name, tmp_path):
         torch.testing.assert_close(fast, expected, rtol=1e-4, atol=1e-4)
         save_model(model, tmp_path / "model.safetensors")
         loaded = load_model(BUILDS[name]().eval(), tmp_path / "model.safetensors")
-        # Bit by bit the same numbers; float convolutions add up in an order that depends on where these lie in memory.
-        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
-        torch.testing.assert_close(loaded(X), fast, rtol=1e-6, atol=1e-6)
+        # In memory of its own: tensors of a mapped file lie anywhere, and where they lie float convolutions round.
+        assert torch.equal(copy.deepcopy(loaded)(X), fast)
     assert sum(isinstance(module, PACKED_TYPES) for module in loaded.modules()) == len(handle.layers) > 0
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
