@@ -97,5 +97,5 @@ def build_student(job: Job, stage: Distillation) -> PreTrainedModel:
         student = rebnn_hf.binarize(model, method)
     for module in student.modules():
         if type(module) is nn.Embedding:
-            module.weight.requires_grad_(job.arguments.student.train_embeddings)
+            module.weight.requires_grad_(options.train_embeddings)
     return student
