@@ -49,7 +49,7 @@ _HOME = {
     "Resilience": "resilience",
     "attach": "resilience",
     "ReBNNTrainer": "trainer",
-    "ReBNNTrainingArguments": "trainer",
+    "ReBNNTrainingArguments": "training_arguments",
     "plot_oscillation": "plotting",
     "plot_epoch_flips": "plotting",
     "plot_latent_weights": "plotting",

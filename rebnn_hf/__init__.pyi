@@ -35,6 +35,7 @@ from .plotting import (
 from .report import packed_size as packed_size, summary as summary
 from .resilience import Resilience as Resilience, attach as attach
 from .saving import load_model as load_model, save_model as save_model
-from .trainer import ReBNNTrainer as ReBNNTrainer, ReBNNTrainingArguments as ReBNNTrainingArguments
+from .trainer import ReBNNTrainer as ReBNNTrainer
+from .training_arguments import ReBNNTrainingArguments as ReBNNTrainingArguments
 
 __version__: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -23,133 +22,17 @@ from .checkpoints import WholeCheckpoints
 from .epochs import EpochFlips
 from .layers import LATENT_TYPES, PACKED_TYPES
 from .plotting import plot_oscillation
-from .presets import loss_fields
 from .projections import attention_loss, captured_projections, relations_loss
 from .resilience import USE_INSTEAD, Resilience, attach, overall
+from .training_arguments import DEEPSPEED, FSDP, WEIGHTS, ReBNNTrainingArguments
 
 logger = logging.get_logger(__name__)
-
-LOGITS_LOSSES = ("kl", "soft_cross_entropy", "mse")
-HIDDEN_LOSSES = ("relative_mse", "mse", "direction")
-WEIGHTS = ("label_weight", "logits_weight", "hidden_weight", "relation_weight", "attention_weight")
-
-DEEPSPEED = f"DeepSpeed steps flat copies of the weights out of sight of the balance rule; {USE_INSTEAD}."
-
-FSDP = f"FSDP through the Trainer has not been tested with the balance rule; {USE_INSTEAD}."
 
 PADDING = -1e4
 """Logit of a padding position: no probability, and finite at every temperature."""
 
 CALIBRATION_EXAMPLES = 64
 """Training examples that the scales of elastic activations are found from."""
-
-
-@dataclass
-class ReBNNTrainingArguments(TrainingArguments):
-    """Arguments of `ReBNNTrainer`: those of transformers, and the loss weights and learning rates of binarization.
-
-    Total loss: `label_weight * L_labels + logits_weight * L_logits + hidden_weight * L_hidden + relation_weight *
-    L_relations + attention_weight * L_attention`; the parts with a teacher need one. The reconstruction loss is not a
-    part: the balance rule adds its gradient once per optimizer step.
-    """
-
-    label_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the task's own loss; default 0 with a teacher and 1 without."}
-    )
-    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the teacher's logits."})
-    logits_loss: str = field(
-        default="kl",
-        metadata={
-            "help": "Loss on the logits; a regression (one logit, or config.problem_type) always uses mse, and kl and "
-            "soft_cross_entropy take each label of a multi-label classification by itself.",
-            "choices": LOGITS_LOSSES,
-        },
-    )
-    logits_reduction: str = field(
-        default="batch",
-        metadata={
-            "help": "Mean of soft_cross_entropy over the batch, or over batch and classes (BiBERT, BiT); in question "
-            "answering, where the classes are tokens, always over the batch.",
-            "choices": ("batch", "batch_class"),
-        },
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of kl and soft_cross_entropy."})
-    hidden_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the loss on the hidden states; of image models these are feature maps, whose shapes in "
-            "student and teacher must be equal."
-        },
-    )
-    hidden_loss: str = field(
-        default="relative_mse", metadata={"help": "Loss on the hidden states of each layer.", "choices": HIDDEN_LOSSES}
-    )
-    relation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the direction-matching loss on query, key and value relations."}
-    )
-    attention_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the mean squared distance of attention scores."}
-    )
-    latent_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of latent weights; default learning_rate."}
-    )
-    scale_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of learned scales; default learning_rate."}
-    )
-    activation_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of scales and shifts of activations; default learning_rate."}
-    )
-    latent_weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of latent weights: it pulls toward the flipping point."}
-    )
-    log_oscillation: str = field(
-        default="total",
-        metadata={
-            "help": "Log oscillation statistics over all layers, or of each layer.",
-            "choices": ("total", "layer"),
-        },
-    )
-
-    plot_oscillation: bool = field(
-        default=True, metadata={"help": "Draw the oscillation statistics to output_dir/oscillation.png after training."}
-    )
-
-    def __post_init__(self):
-        if self.deepspeed:
-            raise ValueError(DEEPSPEED)
-        if self.fsdp:
-            raise ValueError(FSDP)
-        super().__post_init__()
-        for name, choices in (
-            ("logits_loss", LOGITS_LOSSES),
-            ("logits_reduction", ("batch", "batch_class")),
-            ("hidden_loss", HIDDEN_LOSSES),
-            ("log_oscillation", ("total", "layer")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(choices)}.")
-        for name in WEIGHTS:
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; loss weights are >= 0.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be > 0.")
-        if self.fp16 and "fused" in str(self.optim):
-            raise ValueError(
-                "fp16 with a fused optimizer hides gradients from the balance rule; set optim='adamw_torch'."
-            )
-
-    @classmethod
-    def preset(cls, name: str, **arguments) -> ReBNNTrainingArguments:
-        """Arguments with the losses that belong to `ReBNNConfig.preset(name)`, see `presets.LOSSES`.
-
-        Args:
-            name: of the preset.
-            **arguments: all others, and losses to set otherwise.
-
-        Raises:
-            ValueError: no preset of that name.
-        """
-        return cls(**{**loss_fields(name), **arguments})
 
 
 class ReBNNTrainer(WholeCheckpoints, Trainer):
