@@ -50,6 +50,7 @@ FLOORS = {
     "integrations": 8,
     "saving": 8,
     "vision": 8,
+    "training_arguments": 8,
     "trainer": 9,
 }
 
