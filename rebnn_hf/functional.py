@@ -252,10 +252,16 @@ def center(weight: Tensor, rule: WeightRule, table: Tensor | None = None) -> Ten
     Returns:
         Centered rows, same shape.
     """
+    mean = latent_mean(weight, rule, table)
+    return weight if mean is None else weight - mean
+
+
+def latent_mean(weight: Tensor, rule: WeightRule, table: Tensor | None = None) -> Tensor | None:
+    """What `center` subtracts: mu [..., 1] per row, or [] of the tensor; None where nothing is."""
     if rule.center == "none":
-        return weight
+        return None
     mean = weight.mean(-1, keepdim=True) if rule.center == "row" else (weight if table is None else table).mean()
-    return weight - (mean if rule.center_gradient else mean.detach())
+    return mean if rule.center_gradient else mean.detach()
 
 
 def mean_abs_scale(weight: Tensor, granularity: str = "row") -> Tensor:
@@ -317,7 +323,7 @@ def binarize_rows(
     return signs, scale
 
 
-def largest_gradient(weight_grad: Tensor, scale: Tensor, rule: WeightRule) -> Tensor:
+def largest_gradient(magnitude: Tensor, scale: Tensor, rule: WeightRule) -> Tensor:
     """Largest task gradient of a row, `m_i = max_j |G_ij|` (A3), recovered from the latent gradient.
 
     `dW = alpha G` wherever the straight-through window is open, so m_i = max_j |dW_ij| / alpha_i (A4): no copy of G
@@ -325,15 +331,14 @@ def largest_gradient(weight_grad: Tensor, scale: Tensor, rule: WeightRule) -> Te
     the window and do not count; with a centering Jacobian the maximum is that of `P[G]`.
 
     Args:
-        weight_grad: [O, M], before the reconstruction term is added.
+        magnitude: max_j |dW_ij| [O], before the reconstruction term is added.
         scale: [O] or [1], > 0.
         rule: its slope tells whether dW carries alpha.
 
     Returns:
         [O].
     """
-    largest = weight_grad.abs().amax(-1)  # several times faster than the infinity norm
-    return largest / scale.clamp_min(SCALE_FLOOR) if rule.slope == "scale" else largest
+    return magnitude / scale.clamp_min(SCALE_FLOOR) if rule.slope == "scale" else magnitude
 
 
 def balance(flip_share: Tensor, largest_grad: Tensor, rule: BalanceRule) -> Tensor:
@@ -406,6 +411,10 @@ def reconstruction_gradients(weight: Tensor, signs: Tensor, scale: Tensor, gamma
     column = scale.unsqueeze(-1)
     residual = torch.addcmul(weight, signs, -column)
     norm = weight.abs().sum(-1)  # two to three times faster than vector_norm
-    by_scale = -gamma * (norm - weight.shape[-1] * scale)
-    by_scale = by_scale if scale.numel() == len(gamma) else by_scale.sum(0, True)
-    return residual.mul_(gamma.unsqueeze(-1)), by_scale
+    return residual.mul_(gamma.unsqueeze(-1)), scale_gradient(norm, weight.shape[-1], scale, gamma)
+
+
+def scale_gradient(norm: Tensor, width: int, scale: Tensor, gamma: Tensor) -> Tensor:
+    """The second of `reconstruction_gradients`, from the norms ||w_i||_1 [O] of rows of M = `width` weights."""
+    by_scale = -gamma * (norm - width * scale)
+    return by_scale if scale.numel() == len(gamma) else by_scale.sum(0, True)

@@ -21,13 +21,14 @@ from .functional import (
     balance,
     center,
     decoupled_share,
-    is_positive,
     largest_gradient,
+    latent_mean,
     reconstruction_gradients,
     reconstruction_loss,
     sign,
 )
 from .layers import LATENT_TYPES
+from .passes import count_flips, measure, pull
 from .shards import is_sharded, local, local_rows, require_row_shards, sum_over_shards
 
 _attached: weakref.WeakSet = weakref.WeakSet()
@@ -36,9 +37,6 @@ NEAR_ZERO = 0.1
 """A latent weight is near its flipping point where |w| < 0.1 alpha."""
 
 USE_INSTEAD = "use DistributedDataParallel (accelerate, torchrun) or, in a loop of your own, FSDP2 (fully_shard)"
-
-BLOCK = 2**17
-"""Weights in a block of rows on a CPU: with gradient, signs and intermediate results it stays in the L2 cache."""
 
 
 @dataclass
@@ -53,12 +51,12 @@ class _Layer:
 
     @property
     def weight(self) -> Tensor:
-        """Latent weights [rows, ...] that this process has."""
-        return local(self.module.weight)
+        """Latent weights [rows, M] that this process has; a convolution has a row for each output channel."""
+        return local(self.module.weight).flatten(1)
 
     @property
     def gradient(self) -> Tensor:
-        """Their gradient."""
+        """Their gradient, shaped like the parameter."""
         return local(self.module.weight.grad)
 
     @property
@@ -66,20 +64,22 @@ class _Layer:
         """Their rows of the balance, which is whole on every process."""
         return self.module.balance[local_rows(self.module.weight)]
 
-    @property
-    def width(self) -> int:
-        """Weights in a row: a convolution has a row for each output channel."""
-        return self.module.weight.shape[1:].numel()
-
     def measure(self) -> None:
         """Record signs and largest gradients of the rows before the step."""
-        module, weight, gradient = self.module, self.weight, self.gradient
-        self.signs = torch.empty(len(weight), self.width, dtype=torch.bool, device=weight.device)
-        self.largest_grad = torch.empty_like(self.balance)
-        scales = module.scale().expand_as(self.balance)  # also where there is one for the tensor
-        for rows in _row_blocks(self):
-            self.signs[rows] = is_positive(center(weight[rows].flatten(1), module.rule))
-            self.largest_grad[rows] = largest_gradient(gradient[rows].flatten(1), scales[rows], module.rule)
+        rule, weight = self.module.rule, self.weight
+        self.signs, magnitude = measure(weight, latent_mean(weight, rule), self.gradient.flatten(1))
+        self.largest_grad = largest_gradient(magnitude, self.module.scale(), rule)
+
+    def count_flips(self) -> Tensor:
+        """Compare signs with those before the step, for statistics; the flips of each row."""
+        flips, flips_back = count_flips(
+            self.weight, latent_mean(self.weight, self.module.rule), self.signs, self.flipped
+        )
+        self.count("steps", 1)
+        self.count("flips", flips.sum())
+        self.count("flip_backs", flips_back.sum())
+        self.flipped = self.signs
+        return flips
 
     def forget(self) -> None:
         """Drop what was measured: the step is done, or was not taken."""
@@ -194,9 +194,7 @@ class Resilience:
             for layer in layers.values():
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
                     layer.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
-                scale = layer.module.scale()
-                for rows in _held_blocks(layer):
-                    _add_reconstruction(layer, rows, scale)
+                _add_reconstruction(layer)
 
     def _require_finite(self, layers: dict[str, _Layer]) -> None:
         """Refuse a step that would spoil the weights, on all processes together, before anything changed."""
@@ -221,24 +219,12 @@ class Resilience:
         paces = _paces(optimizer) if self.rule.form == "decoupled" else {}
         layers = [layer for layer in self._layers.values() if layer.signs is not None]
         for layer in layers:
-            module = layer.module
-            flips, flips_back = torch.zeros_like(layer.balance, dtype=torch.int32).repeat(2, 1)
-            for rows in _row_blocks(layer):
-                signs = is_positive(center(layer.weight[rows].flatten(1), module.rule))
-                flipped = layer.signs[rows].bitwise_xor_(signs)  # in place of the signs, which are done with
-                flips[rows] = _true_per_row(flipped)
-                if layer.flipped is not None:
-                    flips_back[rows] = _true_per_row(flipped & layer.flipped[rows])
-            layer.count("steps", 1)
-            layer.count("flips", flips.sum())
-            layer.count("flip_backs", flips_back.sum())
-            share = flips.to(module.balance.dtype) / layer.width
+            share = layer.count_flips().to(layer.balance.dtype) / layer.weight.shape[1]
             if self.rule.form == "decoupled":
                 layer.balance.copy_(decoupled_share(share, self.rule))
-                self._pull(layer, paces[id(module.weight)])
+                self._pull(layer, paces[id(layer.module.weight)])
             else:
                 layer.balance.copy_(balance(share, layer.largest_grad, self.rule))
-            layer.flipped = layer.signs
             layer.forget()
         _share_balance([layer.module for layer in layers])
 
@@ -247,7 +233,8 @@ class Resilience:
         centered = layer.module.centered()
         rate = (self.rule.strength * pace * layer.balance).clamp_(max=1.0)
         by_weight, _ = reconstruction_gradients(centered, sign(centered), layer.module.scale(), rate)
-        layer.weight.sub_(by_weight.view(layer.weight.shape))
+        weight = local(layer.module.weight)
+        weight.sub_(by_weight.view(weight.shape))
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, rule: BalanceRule | None = None) -> Resilience:
@@ -313,48 +300,22 @@ def overall(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
     return means | {name: max(layer[name] for layer in layers) for name in names if name.endswith("_max")}
 
 
-def _true_per_row(mask: Tensor) -> Tensor:
-    """Number of true entries of each row; in 32 bits it is four times faster than the default of 64."""
-    return mask.sum(-1, dtype=torch.int32)
-
-
-def _row_blocks(layer: _Layer) -> list[slice]:
-    """Rows of a weight in blocks that stay in the cache of a CPU from one operation to the next."""
-    rows, size = len(layer.weight), _rows_per_block(layer)
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _held_blocks(layer: _Layer) -> Sequence[slice | Tensor]:
-    """Blocks of the rows that have a balance: few, once training settles and few weights flip in a step.
-
-    On GPUs, which would have to wait for the index, all rows; also where most have one, and picking them costs more.
-    """
-    if not _in_blocks(layer):
-        return _row_blocks(layer)
-    held = layer.balance.nonzero().squeeze(-1)
-    return _row_blocks(layer) if 2 * len(held) > len(layer.balance) else held.split(_rows_per_block(layer))
-
-
-def _rows_per_block(layer: _Layer) -> int:
-    return max(1, BLOCK // layer.width if _in_blocks(layer) else len(layer.weight))
-
-
-def _in_blocks(layer: _Layer) -> bool:
-    """Blocks do not help on GPUs, and a mean of the whole tensor depends on all rows."""
-    return layer.weight.device.type == "cpu" and layer.module.rule.center != "tensor"
-
-
-def _add_reconstruction(layer: _Layer, rows: slice | Tensor, scale: Tensor) -> None:
-    """Add the gradients of L_R (A2) in some rows to those of the task."""
-    module, weight = layer.module, layer.weight[rows]
-    centered = center(weight.flatten(1), module.rule)
-    by_row = rows if module.rule.granularity == "row" else slice(None)
-    # On a CPU to find the signs again is several times faster than to make floats of booleans.
-    by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale[by_row], layer.balance[rows])
-    layer.gradient[rows] += _through_centering(by_weight, module.rule).view(weight.shape)
+def _add_reconstruction(layer: _Layer) -> None:
+    """Add the gradients of L_R (A2) to those of the task."""
+    module, scale = layer.module, layer.module.scale()
+    gradient = layer.gradient
+    rows = gradient.flatten(1)
+    if module.rule.center == "none":
+        by_scale = pull(layer.weight, scale, layer.balance, rows)
+    else:
+        centered = center(layer.weight, module.rule)
+        by_weight, by_scale = reconstruction_gradients(centered, sign(centered), scale, layer.balance)
+        rows += _through_centering(by_weight, module.rule)
+    if not gradient.is_contiguous():  # then the rows may be a copy
+        gradient.copy_(rows.view(gradient.shape))
     if module.weight_scale is not None and module.weight_scale.grad is not None:
-        direction = torch.sign(local(module.weight_scale)[by_row])  # the layer uses |a|
-        local(module.weight_scale.grad)[by_row] += by_scale * direction
+        direction = torch.sign(local(module.weight_scale))  # the layer uses |a|
+        local(module.weight_scale.grad).add_(by_scale * direction)
 
 
 def _share_balance(modules: Sequence[nn.Module]) -> None:

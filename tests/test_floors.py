@@ -27,6 +27,7 @@ FLOORS = {
     "binarizers": 2,
     "config": 2,
     "epochs": 2,
+    "passes": 2,
     "attention": 3,
     "states": 3,
     "convolutions": 4,

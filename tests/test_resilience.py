@@ -8,12 +8,15 @@ from torch import nn
 from transformers import BertConfig, BertModel, set_seed
 
 import rebnn_hf
-from rebnn_hf import resilience as resilience_module
+from rebnn_hf import kernels
+from rebnn_hf.convolutions import BinaryConv2d
 from rebnn_hf.functional import BalanceRule, WeightRule, center, reconstruction_loss, sign
+from rebnn_hf.kernels import cpu
 from rebnn_hf.layers import BinaryEmbedding, BinaryLinear
 from rebnn_hf.resilience import attach, overall
 
 DOUBLE = torch.float64
+needs_library = pytest.mark.skipif(not cpu.available(), reason=cpu.why_not() or "it is there")
 
 
 def layer(rows=4, width=6, rule=None, seed=0):
@@ -127,9 +130,8 @@ WEIGHT_RULES = {
 @pytest.mark.parametrize("held", [[], [8], [0, 3, 4, 7], [0, 1, 2, 4, 8], list(range(9))], ids=len)
 @pytest.mark.parametrize("kind", [BinaryLinear, BinaryEmbedding])
 @pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
-def test_reconstruction_of_few_rows_in_blocks_is_the_gradient_of_the_whole_loss(rule, kind, held, monkeypatch):
-    """Blocks of two rows, the last one short: whichever rows are held, autograd of L_R over the tensor agrees."""
-    monkeypatch.setattr(resilience_module, "BLOCK", 12)
+def test_reconstruction_of_few_rows_is_the_gradient_of_the_whole_loss(rule, kind, held):
+    """Whichever rows are held, autograd of L_R over the tensor agrees."""
     torch.manual_seed(0)
     latent = kind(*((9, 6) if kind is BinaryEmbedding else (6, 9)), rule=rule, dtype=DOUBLE)
     with torch.no_grad():
@@ -153,24 +155,45 @@ def test_reconstruction_of_few_rows_in_blocks_is_the_gradient_of_the_whole_loss(
         torch.testing.assert_close(parameter.grad, grad + term)
 
 
+@needs_library
 @pytest.mark.parametrize("balance_rule", ["flip_maxgrad", "maxgrad", "const", "none"])
 @pytest.mark.parametrize("rule", WEIGHT_RULES.values(), ids=WEIGHT_RULES)
-def test_blocks_change_nothing(rule, balance_rule, monkeypatch):
-    """Weights, balance and statistics are those of one block."""
-    x = torch.randn(8, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+def test_backends_take_the_same_steps(rule, balance_rule):
+    """In float32, where C makes the passes, weights, scales, balance and statistics are those of torch."""
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(5))
     results = []
-    for block in (1, 12, 2**17):
-        monkeypatch.setattr(resilience_module, "BLOCK", block)
-        latent = layer(rule=rule)
+    for backend in ("reference", "cpu"):
+        torch.manual_seed(0)
+        latent = BinaryLinear(40, 9, rule=rule, dtype=torch.float32)
         optimizer = torch.optim.SGD(latent.parameters(), lr=2.0)
-        resilience = attach(optimizer, latent, BalanceRule(balance_rule, value=0.01))
-        for back_or_forth in (1, -1, 1, -1, 1, -1):
-            step(optimizer, back_or_forth * loss_of(latent, x))
-        results.append({"": latent.weight.detach(), "balance": latent.balance} | resilience.statistics()[""])
+        with kernels.use_backend(backend):
+            resilience = attach(optimizer, latent, BalanceRule(balance_rule, value=0.01))
+            for back_or_forth in (1, -1, 1, -1, 1, -1):
+                step(optimizer, back_or_forth * loss_of(latent, x))
+        results.append(dict(latent.state_dict()) | resilience.statistics()[""])
     assert results[0]["flip_ratio"] > 0
     assert results[0]["flip_back_ratio"] > 0 or balance_rule == "maxgrad"  # which is there to forbid flips
-    for result in results[:-1]:
-        torch.testing.assert_close(result, results[-1])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@needs_library
+def test_gradients_in_another_memory_order_are_changed_too():
+    """As convolutions of channels-last images leave them: a pass over rows must not end in a copy of the gradient."""
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        latent = BinaryConv2d(3, 5, 3, bias=False)
+        latent.balance.fill_(0.5)
+        latent.weight.grad = torch.randn(5, 3, 3, 3).to(memory_format=memory_format)
+        task = latent.weight.grad.clone()
+        optimizer = torch.optim.SGD([latent.weight], lr=0.0)
+        attach(optimizer, latent)
+        optimizer.step()
+        assert latent.weight.grad.stride() == task.stride()
+        results.append(latent.weight.grad - task)
+    pulled = 0.5 * (latent.weight - latent.scale().view(-1, 1, 1, 1) * sign(latent.weight)).detach()
+    for result in results:
+        torch.testing.assert_close(result, pulled)
 
 
 def test_reconstruction_changes_the_steps():

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 WORDS, QUADS = 0, 1  # rebnn_layout
 CODES = {"sign": 0, "levels": 1, "token": 2}  # rebnn_codes
 CONV_CODES = ("sign", "levels")  # those of convolutions: a pixel has no scale of its own
@@ -70,6 +70,9 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_int, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
         *(c_void_p, c_void_p, c_float, c_float, c_void_p),
     ),
+    "rebnn_balance_measure": (c_int, c_int, c_int64, c_int64, *(c_void_p,) * 5),
+    "rebnn_balance_pull": (c_int, c_int, c_int64, c_int64, *(c_void_p,) * 5),
+    "rebnn_balance_count": (c_int, c_int, c_int64, c_int64, *(c_void_p,) * 6),
     "rebnn_ceiling": (c_int64, c_void_p, c_int64),
     "rebnn_encoder": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p),
 }
@@ -457,6 +460,47 @@ def encoder(hidden: Tensor, mask: Tensor | None, image: Tensor) -> None:
         _pointer(hidden),
     )
     _done(status, "rebnn_encoder")
+
+
+def balance_measure(weight: Tensor, mean: Tensor | None, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """`rebnn_balance_measure`: float32 [O, M], [O] or None, [O, M] -> signs bool [O, M], largest gradients [O]."""
+    _expect_rows(weight, mean=mean)
+    _expect("gradient", gradient, torch.float32, *weight.shape)
+    signs, largest = torch.empty(weight.shape, dtype=torch.bool), torch.empty(len(weight))
+    _pass("rebnn_balance_measure", weight, mean, gradient, signs, largest)
+    return signs, largest
+
+
+def balance_pull(weight: Tensor, scale: Tensor, gamma: Tensor, gradient: Tensor) -> Tensor:
+    """`rebnn_balance_pull`, in place of the gradient: float32 [O, M], [O], [O], [O, M] -> sums of |weight| [O]."""
+    _expect_rows(weight, scale=scale, gamma=gamma)
+    _expect("gradient", gradient, torch.float32, *weight.shape)
+    norm = torch.empty(len(weight))
+    _pass("rebnn_balance_pull", weight, scale, gamma, gradient, norm)
+    return norm
+
+
+def balance_count(weight: Tensor, mean: Tensor | None, signs: Tensor, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`rebnn_balance_count`, in place of the signs, bool [O, M]: -> how many flipped, how many of them back, int32 [O]
+    both."""
+    _expect_rows(weight, mean=mean)
+    _expect("signs", signs, torch.bool, *weight.shape)
+    _expect("earlier", earlier, torch.bool, *weight.shape)
+    flips, flips_back = torch.empty(2, len(weight), dtype=torch.int32)
+    _pass("rebnn_balance_count", weight, mean, signs, earlier, flips, flips_back)
+    return flips, flips_back
+
+
+def _expect_rows(weight: Tensor, **by_row: Tensor | None) -> None:
+    _expect("weight", weight, torch.float32, *weight.shape[:2])
+    for name, values in by_row.items():
+        _expect(name, values, torch.float32, len(weight))
+
+
+def _pass(name: str, weight: Tensor, *others: Tensor | None) -> None:
+    """One of the passes of the balance rule over latent weights."""
+    pointers = map(_pointer, (weight, *others))
+    _done(getattr(_library(), name)(torch.get_num_threads(), *weight.shape, *pointers), name)
 
 
 def ceiling(products: int) -> int:

@@ -416,10 +416,30 @@ static void fuzz_encoder(void)
         rebnn_encoder(isas[0], threads(), sequences, length, mask, image, bytes, y);
 }
 
+static void fuzz_balance(void)
+{
+    int64_t rows = size(40), width = size(300), count = rows * width;
+    float *weight = floats(count), *gradient = floats(count), *row = floats(rows), *out = take(rows * 4);
+    float *mean = below(2) ? row : NULL;
+    uint8_t *signs = take(count), *earlier = below(2) ? random_bytes(count) : NULL;
+    int32_t *flips = take(rows * 4), *flips_back = take(rows * 4);
+    if (rebnn_balance_measure(threads(), rows, width, weight, mean, gradient, signs, out) != REBNN_OK ||
+        rebnn_balance_pull(threads(), rows, width, weight, row, row, gradient, out) != REBNN_OK ||
+        rebnn_balance_count(threads(), rows, width, weight, mean, signs, earlier, flips, flips_back) != REBNN_OK)
+        fail("refused good arguments");
+    for (int64_t i = 0; i < rows; i++)
+        if (flips[i]) /* nothing has changed */
+            fail("counted flips");
+    must_refuse(rebnn_balance_measure(1, negative(), width, weight, mean, gradient, signs, out));
+    must_refuse(rebnn_balance_pull(1, rows, negative(), weight, row, row, gradient, out));
+    must_refuse(rebnn_balance_count(-(int)below(9), rows, width, weight, mean, signs, earlier, flips, flips_back));
+}
+
 static void (*const functions[])(void) = {fuzz_layout, fuzz_conv_layout, fuzz_encode, fuzz_linear,
-                                          fuzz_embedding, fuzz_conv, fuzz_attention, fuzz_encoder};
+                                          fuzz_embedding, fuzz_conv, fuzz_attention, fuzz_encoder,
+                                          fuzz_balance};
 static const char *const names[] = {"layout", "conv layout", "encode", "linear",
-                                    "embedding", "conv2d", "attention", "encoder"};
+                                    "embedding", "conv2d", "attention", "encoder", "balance"};
 
 int main(int count, char **arguments)
 {

@@ -1,4 +1,5 @@
-/* rebnn: inference with 1-bit weights on CPUs. A C library without dependencies; see docs/engine.md.
+/* rebnn: inference with 1-bit weights on CPUs, and the balance rule of their training. A C library without dependencies;
+ * see docs/engine.md.
  *
  * Conventions
  *   - Weights are signs b in {-1, +1}, one bit each (set: +1), in the bit format of docs/format.md: row-major, one row
@@ -29,7 +30,7 @@ extern "C" {
 #define REBNN_API
 #endif
 
-#define REBNN_ABI_VERSION 2
+#define REBNN_ABI_VERSION 3
 #define REBNN_MAX_INPUTS 4194304 /* 2^22: products of 8-bit codes stay below 2^31 */
 #define REBNN_MAX_THREADS 1024
 
@@ -160,6 +161,27 @@ REBNN_API rebnn_status rebnn_attention(const rebnn_isa *isa, int threads, int64_
  * Padded positions cost nothing and come out as zeros. */
 REBNN_API rebnn_status rebnn_encoder(const rebnn_isa *isa, int threads, int64_t sequences, int64_t length,
                                      const uint8_t *mask, const void *image, int64_t image_size, float *hidden);
+
+/* ---- Training ------------------------------------------------------------------------------------------------- */
+
+/* Passes over latent weights [rows][width], in the order of a step. mean [rows] is what centering subtracts; NULL: 0.
+ * The bytes of `signs` are 0 or 1; the sign of a NaN is 0.
+ *
+ * Before the step: signs = (weight - mean >= 0), [rows][width]; largest [rows] = max |gradient| of the row, NaN if it
+ * holds one. */
+REBNN_API rebnn_status rebnn_balance_measure(int threads, int64_t rows, int64_t width, const float *weight,
+                                             const float *mean, const float *gradient, uint8_t *signs, float *largest);
+
+/* gradient += gamma * (weight - scale * b), b in {-1, +1} the sign of the weight, each operation rounded; and
+ * norm [rows] = sum |weight|. Rows whose gamma is 0 are not read, and their norm is 0. */
+REBNN_API rebnn_status rebnn_balance_pull(int threads, int64_t rows, int64_t width, const float *weight,
+                                          const float *scale, const float *gamma, float *gradient, float *norm);
+
+/* After the step: signs ^= (weight - mean >= 0), that is, which have changed; flips [rows], how many; flips_back
+ * [rows], how many of those that `earlier` [rows][width] has changed before (NULL: 0). width is below 2^31. */
+REBNN_API rebnn_status rebnn_balance_count(int threads, int64_t rows, int64_t width, const float *weight,
+                                           const float *mean, uint8_t *signs, const uint8_t *earlier, int32_t *flips,
+                                           int32_t *flips_back);
 
 /* ---- Measuring ----------------------------------------------------------------------------------------------- */
 

@@ -789,6 +789,72 @@ static void test_embedding(int threads, int64_t count, int64_t entries, int64_t 
     release();
 }
 
+/* ---- Training -------------------------------------------------------------------------------------------------- */
+
+static void test_balance(int threads, int64_t rows, int64_t width, int kind, int centered)
+{
+    int64_t count = rows * width;
+    float *weight = floats(count, kind), *gradient = floats(count, kind), *scale = floats(rows, RANDOM);
+    float *mean = centered ? floats(rows, RANDOM) : NULL, *gamma = floats(rows, RANDOM), *largest = take(rows * 4);
+    float *most = take(rows * 4), *pulled = take(count * 4), *norm = take(rows * 4);
+    uint8_t *signs = take(count), *before = take(count), *earlier = take(count);
+    int32_t *flips = take(rows * 4), *flips_back = take(rows * 4);
+    for (int64_t i = 0; i < rows; i++) {
+        most[i] = 0;
+        if (i % 3 == 2)
+            gamma[i] = 0;
+        for (int64_t j = i * width; j < (i + 1) * width; j++) {
+            float term = (weight[j] - (weight[j] >= 0 ? scale[i] : -scale[i])) * gamma[i], magnitude = fabsf(gradient[j]);
+            before[j] = weight[j] - (mean ? mean[i] : 0) >= 0;
+            if (most[i] == most[i] && !(magnitude <= most[i])) /* a NaN stays */
+                most[i] = magnitude;
+            pulled[j] = gamma[i] != 0 ? gradient[j] + term : gradient[j];
+        }
+    }
+    GOOD(rebnn_balance_measure(threads, rows, width, weight, mean, gradient, signs, largest));
+    CHECK(!memcmp(signs, before, (size_t)count), "signs");
+    check_floats("all", "largest gradient", largest, most, rows);
+    GOOD(rebnn_balance_pull(threads, rows, width, weight, scale, gamma, gradient, norm));
+    check_floats("all", "pull", gradient, pulled, count);
+    for (int64_t i = 0; i < rows; i++) {
+        double sum = 0;
+        for (int64_t j = 0; j < width && gamma[i] != 0; j++)
+            sum += fabsf(weight[i * width + j]);
+        CHECK(same(norm[i], (float)sum) || fabs(norm[i] - sum) <= 1e-5 * sum, "norm %g, expected %g", norm[i], sum);
+    }
+    for (int64_t j = 0; j < count; j++) {
+        earlier[j] = (uint8_t)below(2);
+        if (below(3) == 0)
+            weight[j] = -weight[j];
+    }
+    for (int passes = 0; passes < 2; passes++) {
+        const uint8_t *known = passes ? earlier : NULL;
+        memcpy(signs, before, (size_t)count);
+        GOOD(rebnn_balance_count(threads, rows, width, weight, mean, signs, known, flips, flips_back));
+        for (int64_t i = 0; i < rows; i++) {
+            int32_t changed = 0, back = 0;
+            for (int64_t j = i * width; j < (i + 1) * width; j++) {
+                int flipped = before[j] != (weight[j] - (mean ? mean[i] : 0) >= 0);
+                CHECK(signs[j] == flipped, "which have flipped");
+                changed += flipped;
+                back += flipped && known && known[j];
+            }
+            CHECK(flips[i] == changed && flips_back[i] == back, "%d flips, %d back", flips[i], flips_back[i]);
+        }
+    }
+    release();
+}
+
+static void test_balances(void)
+{
+    for (int kind = RANDOM; kind <= SPECIAL; kind += SPECIAL - RANDOM)
+        for (int s = 0; s < COUNT(sizes); s++)
+            test_balance(1, 1 + s % 5, sizes[s], kind, s % 2);
+    for (int threads = 1; threads <= 3; threads++)
+        test_balance(threads, 385, 769, RANDOM, threads == 2);
+    printf("balance: measured, pulled, counted\n");
+}
+
 /* ---- Convolutions ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -904,6 +970,7 @@ static void test_arguments(void)
     float x[64] = {0}, y[64], scale[64] = {0}, token_scale[2];
     uint8_t bits[64] = {0}, codes[64];
     int64_t index[2] = {0};
+    int32_t flips[2];
     uint64_t layout[128] = {0};
     static const rebnn_input bad_inputs[] = {
         {3, 1, 0, 1, NULL},           {-1, 1, 0, 1, NULL},            {REBNN_SIGN, 2, 0, 1, NULL},
@@ -965,6 +1032,28 @@ static void test_arguments(void)
     BAD(rebnn_embedding(1, 1, 1, 1, index, bits, NULL, y));
     BAD(rebnn_embedding(1, 1, 1, 1, index, bits, scale, NULL));
     GOOD(rebnn_embedding(1, 0, 1, 1, NULL, bits, scale, NULL));
+    BAD(rebnn_balance_measure(0, 1, 1, x, NULL, y, bits, scale));
+    BAD(rebnn_balance_measure(1, -1, 1, x, NULL, y, bits, scale));
+    BAD(rebnn_balance_measure(1, 1, -1, x, NULL, y, bits, scale));
+    BAD(rebnn_balance_measure(1, 0, (int64_t)INT32_MAX + 1, x, NULL, y, bits, scale));
+    BAD(rebnn_balance_measure(1, 1, 1, NULL, NULL, y, bits, scale));
+    BAD(rebnn_balance_measure(1, 1, 1, x, NULL, NULL, bits, scale));
+    BAD(rebnn_balance_measure(1, 1, 1, x, NULL, y, NULL, scale));
+    BAD(rebnn_balance_measure(1, 1, 1, x, NULL, y, bits, NULL));
+    GOOD(rebnn_balance_measure(1, 0, 1, NULL, NULL, NULL, NULL, NULL));
+    BAD(rebnn_balance_pull(0, 1, 1, x, scale, scale, y, y));
+    BAD(rebnn_balance_pull(1, 1, 1, NULL, scale, scale, y, y));
+    BAD(rebnn_balance_pull(1, 1, 1, x, NULL, scale, y, y));
+    BAD(rebnn_balance_pull(1, 1, 1, x, scale, NULL, y, y));
+    BAD(rebnn_balance_pull(1, 1, 1, x, scale, scale, NULL, y));
+    BAD(rebnn_balance_pull(1, 1, 1, x, scale, scale, y, NULL));
+    GOOD(rebnn_balance_pull(1, 0, 1, NULL, NULL, NULL, NULL, NULL));
+    BAD(rebnn_balance_count(0, 1, 1, x, NULL, bits, NULL, flips, flips));
+    BAD(rebnn_balance_count(1, 1, 1, NULL, NULL, bits, NULL, flips, flips));
+    BAD(rebnn_balance_count(1, 1, 1, x, NULL, NULL, NULL, flips, flips));
+    BAD(rebnn_balance_count(1, 1, 1, x, NULL, bits, NULL, NULL, flips));
+    BAD(rebnn_balance_count(1, 1, 1, x, NULL, bits, NULL, flips, NULL));
+    GOOD(rebnn_balance_count(1, 0, 1, NULL, NULL, NULL, NULL, NULL, NULL));
 #define CONV(channels, height, outputs, kernel, stride, pad, x, input, layout, scale, y)                              \
     rebnn_conv2d(isa, 1, 1, channels, height, 4, outputs, kernel, 2, stride, 1, pad, 0, x, input, layout, scale,      \
                  NULL, NULL, y)
@@ -1031,5 +1120,6 @@ int main(void)
     for (int threads = 1; threads <= 3; threads++)
         test_embedding(threads, 401, 33, 769);
     printf("embedding\n");
+    test_balances();
     return 0;
 }
