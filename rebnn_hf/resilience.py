@@ -190,7 +190,7 @@ class Resilience:
             _require_fit_shards(name, layer.module)
             layer.measure()
         self._require_finite(layers)
-        if self.rule.form == "gradient":
+        if self.rule.form == "gradient" and self.rule.rule != "none":
             for layer in layers.values():
                 if self.rule.rule in ("maxgrad", "const"):  # known before the step, needs no flips
                     layer.balance.copy_(balance(layer.largest_grad, layer.largest_grad, self.rule))
